@@ -1,0 +1,1 @@
+"""Measuring, side by side in one run, and the demonstration."""

@@ -1,0 +1,29 @@
+"""The bundle as a user runs it: ONNX Runtime through the runtime package."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...runtime.model import Model, load
+from . import Job
+
+NAME = "onnxruntime"
+
+
+class _Bundle:
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._model.image_outputs(volume, ["image_embedding"])["image_embedding"]
+
+    def describe(self) -> str:
+        return self._model.describe()
+
+
+def open_contender(job: Job) -> _Bundle:
+    """Load the bundle and its image tower."""
+    model = load(job.bundle, threads=job.threads)
+    model.describe()
+    return _Bundle(model)

@@ -1,0 +1,210 @@
+"""Latency, cold start and peak memory of several contenders in one run.
+
+Each contender lives in a process of its own, so that its peak memory is its own; the processes take turns, one
+inference at a time, so that whatever else the machine does meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import DcformerError
+from .contenders import Job, open_contender
+
+_SEED = 0
+#: Thread pools of the contender that ran last spin for a moment; let them fall asleep before the next one starts.
+_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender.
+
+    Latencies are of one volume, preprocessed, in and the embedding out. ``cold_start_ms``: from starting the process
+    to the first embedding, imports and loading included, making the input left out. ``peak_rss_mb`` is the process's,
+    the input volume included.
+    ``ratio``: how many times faster than the first contender, the median over rounds of paired latencies.
+    ``cosine``: with the first contender's embedding, where both have the same weights.
+    """
+
+    name: str
+    description: str
+    runs: int
+    median_ms: float
+    p95_ms: float
+    cold_start_ms: float
+    peak_rss_mb: float
+    ratio: float
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A benchmark run and the machine that it ran on."""
+
+    date: str
+    machine: str
+    threads: int
+    encoder: str
+    volume_dhw: tuple[int, int, int]
+    contenders: tuple[Measurement, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class _Worker:
+    """A contender in its own process."""
+
+    def __init__(self, name: str, job: Job, shape: tuple[int, int, int]) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        start = time.perf_counter()
+        self._process = context.Process(target=_serve, args=(theirs, name, job, shape), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.description, self.embedding, input_s = self._receive()
+        self.cold_start_ms = (time.perf_counter() - start - input_s) * 1e3
+
+    def run(self) -> float:
+        """Milliseconds of one inference, measured inside the worker."""
+        self._connection.send("run")
+        return self._receive()
+
+    def close(self) -> float:
+        """Stop the worker; returns its peak resident memory in MB."""
+        self._connection.send("stop")
+        peak = self._receive()
+        self._process.join()
+        return peak
+
+    def kill(self) -> None:
+        """End the process whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            kind, value = self._connection.recv()
+        except EOFError as error:
+            self._process.join()
+            raise DcformerError(f"benchmark of {self.name}: its process ended with exit code {self._process.exitcode} "
+                                "(a negative 9 means that it ran out of memory)") from error
+        if kind == "error":
+            raise DcformerError(f"benchmark of {self.name}: {value}")
+        return value
+
+
+def _serve(connection: Connection, name: str, job: Job, shape: tuple[int, int, int]) -> None:
+    """Body of a worker process: load, run once, then obey."""
+    try:
+        start = time.perf_counter()
+        volume = np.random.default_rng(_SEED).random((1, *shape), np.float32)
+        volume *= 2
+        volume -= 1
+        input_s = time.perf_counter() - start
+        contender = open_contender(name, job)
+        connection.send(("ready", (contender.describe(), contender.run(volume)[0], input_s)))
+        while connection.recv() == "run":
+            start = time.perf_counter()
+            contender.run(volume)
+            connection.send(("ms", (time.perf_counter() - start) * 1e3))
+        connection.send(("peak", _peak_rss_mb()))
+    except (DcformerError, ImportError, MemoryError, RuntimeError) as error:
+        connection.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _peak_rss_mb() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of a fresh process starts with its parent's value on Linux; VmHWM does not
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
+
+
+def measure(
+    names: Sequence[str], job: Job, encoder: str, shape: tuple[int, int, int], runs: int,
+    on_run: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Measure contenders by turns; the first is the one that the others are compared with.
+
+    Args:
+        shape: (D, H, W) of the volume.
+        runs: measured inferences of each contender, after one warm-up beyond the cold start.
+        on_run: told what runs next; for progress display.
+
+    Raises:
+        DcformerError: a contender cannot be loaded or its process died.
+    """
+    workers: list[_Worker] = []
+    try:
+        for name in names:
+            on_run(f"{name}: cold start")
+            workers.append(_Worker(name, job, shape))
+        latencies: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(runs + 1):
+            # The order turns round every time, so that no contender always follows the same one.
+            for worker in workers if turn % 2 else reversed(workers):
+                on_run(f"{worker.name}: {turn} of {runs}" if turn else f"{worker.name}: warm-up")
+                time.sleep(_PAUSE_S)
+                elapsed = worker.run()
+                if turn:
+                    latencies[worker.name].append(elapsed)
+        peaks = {worker.name: worker.close() for worker in workers}
+    finally:
+        for worker in workers:
+            worker.kill()
+    first = workers[0]
+    return Report(
+        date=datetime.date.today().isoformat(),
+        machine=machine(),
+        threads=job.threads,
+        encoder=encoder,
+        volume_dhw=shape,
+        contenders=tuple(
+            _summary(worker, latencies[worker.name], peaks[worker.name], latencies[first.name],
+                     first.embedding if job.checkpoint else None)
+            for worker in workers
+        ),
+    )
+
+
+def _summary(worker: _Worker, latencies: list[float], peak: float, baseline: list[float],
+             reference: np.ndarray | None) -> Measurement:
+    return Measurement(
+        name=worker.name,
+        description=worker.description,
+        runs=len(latencies),
+        median_ms=float(np.median(latencies)),
+        p95_ms=float(np.percentile(latencies, 95)),
+        cold_start_ms=worker.cold_start_ms,
+        peak_rss_mb=peak,
+        ratio=float(np.median(np.array(baseline) / np.array(latencies))),
+        cosine=float(reference @ worker.embedding) if reference is not None else None,
+    )
+
+
+def machine() -> str:
+    """Processor and number of usable cores, as stated beside every measured number."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        model = next(lines, f": {model}").split(":", 1)[1].strip()
+    return f"{model}, {os.cpu_count()} cores"

@@ -1,0 +1,1 @@
+"""From checkpoints to bundles: encoders, checkpoint readers, ONNX export and its proof. Needs the `export` extra."""

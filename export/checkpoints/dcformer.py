@@ -1,0 +1,223 @@
+"""The checkpoints of the original DCFormer training code: CLIP pretraining and the fine-tuned detector.
+
+Formats: ``{'model': state_dict, 'args': Namespace, …}`` as its ``save_model`` writes, a bare state dict, or
+safetensors; the detector wraps everything in ``trained_model.`` and adds ``classifier.``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...runtime.errors import InputError, suggestion
+from ...runtime.files import sha256_file
+from ...runtime.manifest import REDUCTIONS, Reduction
+from ..clip import Clip, ClipSpec, Detector, TextSpec, reduced_width
+from ..registry import EncoderSpec, all_encoders
+from .files import read_tensors
+
+_ENCODER = "visual_transformer.encoder."
+_CODEBOOK = "visual_transformer.vq._codebook.embed"
+_TEXT = "text_transformer."
+_PROJECTION = "to_visual_latent.weight"
+_DETECTOR = "trained_model."
+_CLASSIFIER = "classifier.weight"
+#: Buffers that older transformers releases saved and that are functions of the sizes alone.
+_IGNORED = ("text_transformer.embeddings.position_ids", "text_transformer.embeddings.token_type_ids")
+#: Volumes are (S/2, S, S) and every side is a multiple of 64.
+_SIZE_STEP = 128
+_LARGEST_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint understood: what to build, the tensors that fit it exactly, and where they came from.
+
+    ``trained`` is false where the file itself says that its weights are random (``args.untrained``, as in the demo).
+    """
+
+    path: Path
+    sha256: str
+    spec: ClipSpec
+    trained: bool
+    state_dict: Mapping[str, Tensor]
+
+    def build(self) -> Clip | Detector:
+        """The PyTorch model with these weights, fp32, in evaluation mode."""
+        model = self.spec.build()
+        model.load_state_dict(dict(self.state_dict))
+        return model
+
+
+def read_checkpoint(path: Path, input_size: int | None = None, reduction: Reduction | None = None) -> Checkpoint:
+    """Read a checkpoint and find variant, input size and reduction from its ``args`` or its tensor shapes.
+
+    Args:
+        input_size: S of (S/2, S, S); needed only where neither ``args`` nor shapes tell.
+        reduction: likewise.
+
+    Raises:
+        InputError: unreadable, another model, keys missing, unexpected or misshaped, weights not finite, or a given
+            option that contradicts the file.
+    """
+    tensors, arguments = read_tensors(path)
+    tensors = {key: value for key, value in tensors.items() if key.removeprefix(_DETECTOR) not in _IGNORED}
+    tensors = _with_both_norm_names(path, tensors)
+    is_detector = any(key.startswith(_DETECTOR) for key in tensors)
+    shapes = {key.removeprefix(_DETECTOR): tuple(value.shape) for key, value in tensors.items()}
+
+    for key in (_CODEBOOK, _PROJECTION, f"{_TEXT}embeddings.word_embeddings.weight", *[_CLASSIFIER] * is_detector):
+        if key not in shapes:
+            raise InputError(f"{path}: not a DCFormer checkpoint: no tensor {key!r} among its {len(shapes)} "
+                             f"(the first is {next(iter(tensors))!r})")
+    encoder = _find_encoder(path, shapes, getattr(arguments, "model", None))
+    reduction, input_size = _find_reduction(path, encoder, shapes[_PROJECTION], arguments, input_size, reduction)
+    spec = ClipSpec(
+        encoder=encoder,
+        reduction=reduction,
+        input_size=input_size,
+        codebook_size=shapes[_CODEBOOK][1] if len(shapes[_CODEBOOK]) == 3 else 0,
+        text=_find_text(path, shapes),
+        class_count=shapes[_CLASSIFIER][0] if is_detector else None,
+    )
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in spec.build().state_dict().items()}
+    _require_same_keys(path, expected, {key: tuple(value.shape) for key, value in tensors.items()}, spec.encoder.name)
+    _require_finite(path, tensors)
+    trained = not getattr(arguments, "untrained", False)
+    return Checkpoint(path, sha256_file(path), spec, trained, tensors)
+
+
+def _with_both_norm_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every BatchNorm is saved as ``c1.1`` and ``norm.0``; safetensors drops one name of tensors that share memory."""
+    complete = dict(tensors)
+    for key, value in tensors.items():
+        if match := re.fullmatch(r"(.*)\.(c[123]\.1|norm\.[012])\.(\w+)", key):
+            stem, slot, leaf = match.groups()
+            twin_slot = f"norm.{int(slot[1]) - 1}" if slot.startswith("c") else f"c{int(slot[-1]) + 1}.1"
+            twin = complete.setdefault(f"{stem}.{twin_slot}.{leaf}", value)
+            if twin.shape == value.shape and not torch.equal(twin, value):
+                raise InputError(f"{path}: {key} and {stem}.{twin_slot}.{leaf} must be the same tensor but differ; "
+                                 "the file was edited or merged from two trainings")
+    return complete
+
+
+def _find_encoder(path: Path, shapes: Mapping[str, tuple[int, ...]], name_in_args: str | None) -> EncoderSpec:
+    """The registered encoder whose keys and shapes the file has; ``args.model``, if there, must say the same."""
+    found = {key.removeprefix(_ENCODER): shape for key, shape in shapes.items() if key.startswith(_ENCODER)}
+    if not found:
+        raise InputError(f"{path}: not a DCFormer checkpoint: no tensors below {_ENCODER!r}")
+    expected: dict[str, dict[str, tuple[int, ...]]] = {}
+    specs = {spec.name: spec for spec in all_encoders() if spec.checkpoint_name is not None}
+    for name, spec in specs.items():
+        with torch.device("meta"):
+            expected[name] = {key: tuple(value.shape) for key, value in spec.build().state_dict().items()}
+    # Compare what overlaps most, so that a damaged file is described against the encoder it was meant to be.
+    best = max(specs, key=lambda name: len(found.items() & expected[name].items()) / len(expected[name] | found))
+    if name_in_args is not None:
+        known = {spec.checkpoint_name: name for name, spec in specs.items()}
+        if name_in_args not in known:
+            raise InputError(f"{path}: args.model is {name_in_args!r}, not one of {', '.join(sorted(map(str, known)))}"
+                             f"{suggestion(str(name_in_args), map(str, known))}")
+        if known[name_in_args] != best and found == expected[best]:
+            raise InputError(f"{path}: args.model says {name_in_args!r} but the tensors are those of {best}")
+        best = known[name_in_args]
+    _require_same_keys(path, expected[best], found, best, prefix=_ENCODER)
+    return specs[best]
+
+
+def _find_reduction(
+    path: Path, encoder: EncoderSpec, projection: tuple[int, ...], arguments: argparse.Namespace | None,
+    input_size: int | None, reduction: Reduction | None,
+) -> tuple[Reduction, int]:
+    """Reduction and input size that fit the projection's width, the file's ``args`` and the caller's options."""
+    size_in_args = getattr(arguments, "input_size", None)
+    size = _agreed(path, "input size", size_in_args, input_size, "--input-size")
+    chosen = reduction
+    if arguments is not None and hasattr(arguments, "reduction"):
+        name_in_args = str(arguments.reduction).lower()
+        if name_in_args not in REDUCTIONS:
+            raise InputError(f"{path}: args.reduction is {name_in_args!r}; expected one of {', '.join(REDUCTIONS)}")
+        chosen = _agreed(path, "reduction", name_in_args, reduction, "--reduction")
+    sizes = [size] if size is not None else list(range(_SIZE_STEP, _LARGEST_SIZE + 1, _SIZE_STEP))
+    if size is not None and (not isinstance(size, int) or size <= 0 or size % _SIZE_STEP):
+        raise InputError(f"{path}: input size {size!r}: expected a positive multiple of {_SIZE_STEP} (the volume is "
+                         "(S/2, S, S), every side a multiple of 64)")
+    fits: list[tuple[Reduction, int]] = [
+        (kind, candidate)
+        for kind in REDUCTIONS
+        for candidate in sizes
+        if (chosen is None or kind == chosen)
+        and reduced_width(kind, encoder.grid(candidate), encoder.channels) == projection[-1]
+    ]
+    kinds, possible_sizes = {kind for kind, _ in fits}, {candidate for _, candidate in fits}
+    if not fits:
+        raise InputError(f"{path}: {_PROJECTION} reads {projection[-1]} features, which no volume size gives with "
+                         f"{encoder.name}, reduction {chosen or 'any'}, input size {size or 'any'}")
+    if len(kinds) > 1:
+        raise InputError(f"{path}: {_PROJECTION} fits the reductions {', '.join(sorted(kinds))}; pass --reduction")
+    if len(possible_sizes) > 1:
+        raise InputError(f"{path}: the input size is neither in the file's args nor in its shapes; pass --input-size "
+                         "(published checkpoints: 512)")
+    return fits[0]
+
+
+def _agreed(path: Path, what: str, in_file: Any, given: Any, option: str) -> Any:
+    """The one of the two that is not None; an error if they differ."""
+    if in_file is not None and given is not None and in_file != given:
+        raise InputError(f"{path}: {what} is {in_file} in the file's args but {option} says {given}; drop the option")
+    return given if in_file is None else in_file
+
+
+def _find_text(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> TextSpec:
+    """BERT sizes from tensor shapes."""
+    def shape(name: str) -> tuple[int, ...]:
+        if len(found := shapes.get(_TEXT + name, ())) != 2:
+            raise InputError(f"{path}: {_TEXT}{name}: expected a matrix, found "
+                             f"{f'shape {list(found)}' if found else 'nothing'}")
+        return found
+
+    vocab_size, hidden_size = shape("embeddings.word_embeddings.weight")
+    if hidden_size % 64:
+        raise InputError(f"{path}: text hidden size is {hidden_size}; expected a multiple of 64 (one head per 64)")
+    layers = {match[1] for key in shapes if (match := re.match(rf"{re.escape(_TEXT)}encoder\.layer\.(\d+)\.", key))}
+    return TextSpec(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        layers=len(layers),
+        intermediate_size=shape("encoder.layer.0.intermediate.dense.weight")[0],
+        max_positions=shape("embeddings.position_embeddings.weight")[0],
+        token_types=shape("embeddings.token_type_embeddings.weight")[0],
+    )
+
+
+def _require_same_keys(path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]],
+                       name: str, prefix: str = "") -> None:
+    problems = []
+    for what, keys in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if keys:
+            problems.append(f"{len(keys)} {what} ({_some(prefix + key for key in sorted(keys))})")
+    misshaped = [key for key in sorted(expected.keys() & found.keys()) if expected[key] != found[key]]
+    if misshaped:
+        shown = (f"{prefix}{key} is {list(found[key])}, expected {list(expected[key])}" for key in misshaped)
+        problems.append(f"{len(misshaped)} misshaped ({_some(shown)})")
+    if problems:
+        raise InputError(f"{path}: tensors do not fit {name}: {'; '.join(problems)}")
+
+
+def _some(items: Iterable[str], limit: int = 5) -> str:
+    items = list(items)
+    return ", ".join(items[:limit]) + (f", and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{path}: {key} holds NaN or infinity; the training diverged or the file is damaged")

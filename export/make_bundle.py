@@ -1,0 +1,185 @@
+"""From a checkpoint to a bundle: read, trace, compare with PyTorch, and only then give the folder its name."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.backends import Options, open_graph
+from ..runtime.bundle import record_file, write_manifest
+from ..runtime.errors import InputError
+from ..runtime.files import atomic_folder
+from ..runtime.manifest import (
+    CT_RATE_CLASSES,
+    SCHEMA_VERSION,
+    Agreement,
+    DetectorTask,
+    Manifest,
+    Preprocessing,
+    Reduction,
+    Source,
+    Text,
+    ZeroShotTask,
+)
+from ..runtime.text import Tokenizer
+from ..runtime.volume import ReadOptions, preprocess, read_nifti
+from .checkpoints import Checkpoint, read_checkpoint
+from .clip import Clip, Detector
+from .registry import EMBEDDING_DIM
+from .tokenizer import convert_tokenizer
+from .trace import trace_image_tower, trace_text_tower
+from .verify import check_image_tower, check_text_tower, require_agreement
+
+IMAGE_FILE = "image.fp32.onnx"
+TEXT_FILE = "text.fp32.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+PROMPTS_FILE = "prompt_embeddings.fp32.npy"
+POSITIVE_PROMPT = "{} is present."
+NEGATIVE_PROMPT = "{} is not present."
+#: exp of the temperature parameter, which the published code creates as 1.0 in every forward pass and never trains.
+SIMILARITY_SCALE = math.e
+_TOOLS = ("dcformer-deploy", "torch", "onnx", "onnxscript", "onnxruntime", "transformers", "tokenizers", "numpy")
+_RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the caller adds to the checkpoint.
+
+    ``tokenizer``: folder with vocab.txt or tokenizer.json; None leaves the text tower without texts and prompts.
+    ``classes``: names for zero-shot prompts and detector outputs; None = CT-RATE's 18.
+    ``input_size``, ``reduction``: only where the checkpoint does not tell.
+    ``check_scan``: a NIfTI file for the comparison with PyTorch; None = the CT that this package carries.
+    """
+
+    tokenizer: Path | None
+    classes: Sequence[str] | None = None
+    input_size: int | None = None
+    reduction: Reduction | None = None
+    check_scan: Path | None = None
+    overwrite: bool = False
+
+
+def example_ct() -> Path:
+    """A real CT for comparisons (export/data/README.md says where it is from)."""
+    return Path(__file__).parent / "data" / "example_ct.nii.gz"
+
+
+def export_checkpoint(
+    checkpoint_path: Path, out: Path, options: ExportOptions, on_stage: Callable[[str], None] = lambda _: None
+) -> Manifest:
+    """Make the bundle ``out``.
+
+    Args:
+        on_stage: told in words what begins; for progress display.
+
+    Raises:
+        InputError: the checkpoint, the tokenizer or an option cannot be used.
+        CheckFailed: the ONNX graphs do not compute what PyTorch computes; nothing is written.
+    """
+    if out.exists() and not options.overwrite:
+        raise InputError(f"{out}: exists already; choose another name or pass --force to replace it")
+    on_stage("reading the checkpoint")
+    checkpoint = read_checkpoint(checkpoint_path, options.input_size, options.reduction)
+    classes = _class_names(checkpoint, options.classes)
+    spec = checkpoint.spec
+    side = spec.input_size
+    preprocessing = Preprocessing(shape_dhw=(side // 2, side, side))
+    real = _read_check_scan(options.check_scan or example_ct(), preprocessing)
+    with atomic_folder(out, options.overwrite) as folder:
+        tokenizer = None
+        if options.tokenizer is not None:
+            tokenizer = convert_tokenizer(options.tokenizer, spec.text, folder / TOKENIZER_FILE)
+        model = checkpoint.build()
+        clip = model.trained_model if isinstance(model, Detector) else model
+        on_stage("tracing the image tower")
+        graphs = [trace_image_tower(model, spec, folder / IMAGE_FILE)]
+        on_stage("tracing the text tower")
+        graphs.append(trace_text_tower(clip, spec, folder / TEXT_FILE))
+        on_stage("comparing with PyTorch")
+        prompts = _prompt_ids(folder, tokenizer, classes) if tokenizer else None
+        agreement = _compare(model, clip, folder, real, prompts)
+        require_agreement(agreement)
+        zero_shot = None
+        if prompts is not None:
+            on_stage("embedding the prompts")
+            zero_shot = _zero_shot_task(folder, prompts, classes)
+        on_stage("writing the manifest")
+        files = sorted(path.name for path in folder.iterdir())
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            encoder=spec.encoder.name,
+            parameters=sum(p.numel() for p in clip.visual_transformer.encoder.parameters()),
+            input_size=side,
+            reduction=spec.reduction,
+            embedding_dim=EMBEDDING_DIM,
+            source=Source(checkpoint.path.name, checkpoint.sha256, checkpoint.trained),
+            preprocessing=preprocessing,
+            graphs=tuple(graphs),
+            text=tokenizer,
+            zero_shot=zero_shot,
+            detector=DetectorTask(classes) if spec.class_count is not None else None,
+            agreement=tuple(agreement),
+            files=tuple(record_file(folder, name) for name in files),
+            tools={name: metadata.version(name) for name in _TOOLS},
+        )
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _class_names(checkpoint: Checkpoint, given: Sequence[str] | None) -> tuple[str, ...]:
+    classes = tuple(given) if given is not None else CT_RATE_CLASSES
+    count = checkpoint.spec.class_count
+    if count is not None and count != len(classes):
+        raise InputError(f"{checkpoint.path}: the classifier has {count} outputs but {len(classes)} class names are "
+                         "given; pass --classes FILE with one name per line, in output order")
+    return classes
+
+
+def _read_check_scan(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    return preprocess(read_nifti(path, preprocessing.orientation, ReadOptions()), preprocessing)
+
+
+def _prompt_ids(
+    folder: Path, tokenizer: Text, classes: Sequence[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    texts = [prompt.replace("{}", name) for name in classes for prompt in (POSITIVE_PROMPT, NEGATIVE_PROMPT)]
+    return Tokenizer(folder / tokenizer.file, tokenizer).encode(texts)
+
+
+def _compare(
+    model: Clip | Detector, clip: Clip, folder: Path, real: NDArray[np.float32],
+    prompts: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+) -> list[Agreement]:
+    """Image tower on the real and on a random volume; text tower on the prompts and on random ids with padding."""
+    rng = np.random.default_rng(_RANDOM_SEED)
+    volumes = {"real": real[None], "random": rng.uniform(-1, 1, (1, *real.shape)).astype(np.float32)}
+    config = clip.text_transformer.config
+    length = min(64, config.max_position_embeddings)
+    mask = (np.arange(length) < np.array([[length], [length // 2], [1]])).astype(np.int64)
+    texts = {"random": (rng.integers(0, config.vocab_size, mask.shape) * mask, mask)}
+    if prompts is not None:
+        texts["prompts"] = prompts
+    return [*check_image_tower(model, folder / IMAGE_FILE, volumes), *check_text_tower(clip, folder / TEXT_FILE, texts)]
+
+
+def _zero_shot_task(
+    folder: Path, prompts: tuple[NDArray[np.int64], NDArray[np.int64]], classes: tuple[str, ...]
+) -> ZeroShotTask:
+    """Embed the prompts once, with the graph that users would run, so that scoring needs no text tower."""
+    ids, mask = prompts
+    backend = open_graph(folder / TEXT_FILE, Options())
+    (embeddings,) = backend.run({"input_ids": ids, "attention_mask": mask}, ["text_embedding"])
+    np.save(folder / PROMPTS_FILE, embeddings.reshape(len(classes), 2, -1).astype(np.float32))
+    return ZeroShotTask(
+        classes=classes, positive_prompt=POSITIVE_PROMPT, negative_prompt=NEGATIVE_PROMPT,
+        score="softmax_over_pair", similarity_scale=SIMILARITY_SCALE, prompt_embeddings=PROMPTS_FILE,
+    )

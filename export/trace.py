@@ -1,0 +1,122 @@
+"""PyTorch to ONNX: the image tower and the text tower, with named axes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from ..runtime.manifest import Graph, TensorInfo
+from .clip import Clip, ClipSpec, Detector
+
+#: Newest opset that TensorRT 10, OpenVINO and ONNX Runtime all read, and the first with Gelu as one operator.
+OPSET = 20
+BATCH_AXIS = "batch"
+SEQUENCE_AXIS = "sequence"
+
+
+class _ImageTower(nn.Module):
+    """``volume`` [B, 1, D, H, W] to the outputs of ``ImageOutputs``, plus class scores for a detector."""
+
+    def __init__(self, model: Clip | Detector) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, volume: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.model, Detector):
+            outputs = self.model.trained_model.encode_image(volume)
+            return *outputs, self.model.class_scores(outputs.embedding)
+        return tuple(self.model.encode_image(volume))
+
+
+class _TextTower(nn.Module):
+    """``input_ids``, ``attention_mask`` [B, L] to unit rows [B, 512]."""
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.clip.encode_text(input_ids, attention_mask)
+
+
+def trace_image_tower(model: Clip | Detector, spec: ClipSpec, path: Path) -> Graph:
+    """Write the image tower to ``path``; batch is dynamic, the volume's sides are those of the spec."""
+    side = spec.input_size
+    # Two volumes, because a traced axis of length 1 would be taken for a constant. Zeros cost no memory until written.
+    example = (torch.zeros(2, 1, side // 2, side, side),)
+    outputs = ["image_embedding", "codes", "feature_map"] + ["class_scores"] * isinstance(model, Detector)
+    batch = torch.export.Dim(BATCH_AXIS, min=1)
+    _trace(_ImageTower(model), example, path, ["volume"], outputs, {"volume": {0: batch}})
+    return describe_graph("image", path)
+
+
+def trace_text_tower(clip: Clip, spec: ClipSpec, path: Path) -> Graph:
+    """Write the text tower to ``path``; batch and length are dynamic."""
+    # Two tensors, not one twice: the tracer takes the same object for the same input and drops one.
+    example = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
+    axes = {0: torch.export.Dim(BATCH_AXIS, min=1),
+            1: torch.export.Dim(SEQUENCE_AXIS, min=1, max=spec.text.max_positions)}
+    names = ["input_ids", "attention_mask"]
+    _trace(_TextTower(clip), example, path, names, ["text_embedding"], dict.fromkeys(names, axes))
+    return describe_graph("text", path)
+
+
+def _trace(module: nn.Module, example: tuple[Tensor, ...], path: Path, inputs: list[str], outputs: list[str],
+           dynamic_shapes: dict[str, dict[int, torch.export.Dim]]) -> None:
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(), example, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs,
+            dynamic_shapes=dynamic_shapes, optimize=True, verbose=False,
+        )
+        assert program is not None
+        program.save(str(path), external_data=False)
+    proto = onnx.load(path)
+    _drop_metadata(proto)
+    onnx.save(proto, path)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _drop_metadata(proto: onnx.ModelProto) -> None:
+    """Remove stack traces with this machine's paths: the same checkpoint must give the same file everywhere."""
+    for items in (proto.graph.node, proto.graph.value_info, proto.graph.input, proto.graph.output,
+                  proto.graph.initializer):
+        for item in items:
+            item.ClearField("metadata_props")
+    proto.graph.ClearField("metadata_props")
+    proto.ClearField("metadata_props")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs about torchvision, which no model here uses, and warns about torch's own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning, UserWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def describe_graph(role: str, path: Path, precision: str = "fp32") -> Graph:
+    """The manifest's description of an ONNX file: opset, inputs and outputs with their named axes."""
+    proto = onnx.load(path, load_external_data=False)
+
+    def info(value: onnx.ValueInfoProto) -> TensorInfo:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        return TensorInfo(value.name, dtype, tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim))
+
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    return Graph(role=role, precision=precision, file=path.name, opset=opset,
+                 inputs=tuple(map(info, proto.graph.input)), outputs=tuple(map(info, proto.graph.output)))

@@ -1,0 +1,106 @@
+"""The proof that an exported graph computes what the PyTorch model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..runtime.backends import Options, open_graph
+from ..runtime.errors import CheckFailed
+from ..runtime.manifest import Agreement
+from .clip import Clip, Detector
+
+#: fp32 graphs differ from PyTorch by summation order only; 1e-6 is typical (docs/bundle.md), so this is a wide margin.
+TOLERANCE = 1e-4
+#: Two codes whose cosine similarities differ by less than this are a tie that rounding may decide either way.
+NEAR_TIE = 1e-5
+
+
+def compare(reference: NDArray[np.floating], found: NDArray[np.floating]) -> tuple[float, float]:
+    """Largest relative error and smallest cosine of ``[B, …]`` arrays; NaN or differing shapes count as infinite error.
+
+    Relative error: largest absolute difference over the largest absolute reference value.
+    """
+    if reference.shape != found.shape or not reference.size or not np.isfinite(found).all():
+        return float("inf"), -1.0
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (reference, found))
+    error = np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float32).tiny)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(error), float(((a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float32).tiny)).min())
+
+
+def check_image_tower(
+    model: Clip | Detector, path: Path, volumes: Mapping[str, NDArray[np.float32]]
+) -> list[Agreement]:
+    """Compare the graph with PyTorch on volumes ``[B, D, H, W]`` by name of input.
+
+    The argmax of the quantizer is judged apart: feature maps must agree, codes must agree except where PyTorch itself
+    sees a tie, and the embedding is compared with what PyTorch makes of the graph's own codes.
+
+    Raises:
+        CheckFailed: a code differs without a tie.
+    """
+    clip = model.trained_model if isinstance(model, Detector) else model
+    backend = open_graph(path, Options())
+    names = ["feature_map", "codes", "image_embedding"] + ["class_scores"] * isinstance(model, Detector)
+    result = []
+    for label, volume in volumes.items():
+        found = dict(zip(names, backend.run({"volume": volume[:, None]}, names), strict=True))
+        with torch.no_grad():
+            expected = clip.encode_image(torch.from_numpy(volume[:, None]))
+            codes = torch.from_numpy(found["codes"])
+            codes_equal = _compare_codes(clip, expected.feature_map, expected.codes, codes, f"{path.name}, {label}")
+            height, width, depth = expected.feature_map.shape[2:]
+            embedding = clip.embed_codes(codes, (depth, height, width))
+            reference = {"feature_map": expected.feature_map, "image_embedding": embedding}
+            if isinstance(model, Detector):
+                reference["class_scores"] = model.class_scores(embedding)
+        for output, tensor in reference.items():
+            error, cosine = compare(tensor.numpy(), found[output])
+            share = None if output == "feature_map" else codes_equal
+            result.append(Agreement(path.name, output, label, error, cosine, TOLERANCE, share))
+    return result
+
+
+def _compare_codes(clip: Clip, feature_map: torch.Tensor, expected: torch.Tensor, found: torch.Tensor,
+                   where: str) -> float:
+    """Share of equal codes; every other one must be a tie in PyTorch's own similarities."""
+    differs = expected != found
+    if differs.any():
+        tokens = feature_map.permute(0, 4, 2, 3, 1).flatten(1, 3)
+        similarity = clip.visual_transformer.vq.codebook.similarities(tokens)
+        gap = (similarity.gather(2, expected[..., None]) - similarity.gather(2, found[..., None]))[..., 0][differs]
+        if gap.max() > NEAR_TIE:
+            raise CheckFailed(f"{where}: {int(differs.sum())} of {differs.numel()} VQ codes differ from PyTorch, by up "
+                              f"to {gap.max():.2g} in similarity where {NEAR_TIE:g} would be rounding")
+    return float(1 - differs.double().mean())
+
+
+def check_text_tower(
+    clip: Clip, path: Path, texts: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
+) -> list[Agreement]:
+    """Compare the graph with PyTorch on (ids, mask) pairs ``[B, L]`` by name of input."""
+    backend = open_graph(path, Options())
+    result = []
+    for label, (ids, mask) in texts.items():
+        (found,) = backend.run({"input_ids": ids, "attention_mask": mask}, ["text_embedding"])
+        with torch.no_grad():
+            expected = clip.encode_text(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+        result.append(Agreement(path.name, "text_embedding", label, *compare(expected, found), TOLERANCE))
+    return result
+
+
+def require_agreement(agreements: Iterable[Agreement]) -> None:
+    """Raise CheckFailed if any error is above its tolerance, or if nothing was compared."""
+    agreements = list(agreements)
+    if not agreements:
+        raise CheckFailed("nothing was compared with PyTorch")
+    for item in agreements:
+        if not item.max_relative_error <= item.tolerance:
+            raise CheckFailed(f"{item.graph}: {item.output} on {item.input} input differs from PyTorch by "
+                              f"{item.max_relative_error:.2e} (relative), tolerance {item.tolerance:.0e}; nothing was "
+                              "written")

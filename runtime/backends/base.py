@@ -1,0 +1,48 @@
+"""The interface of a back end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from ..errors import InputError
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Options:
+    """``device``: "cpu" or "cuda". ``threads``: CPU threads of one inference; None = the cores this process may use."""
+
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InputError(f"device: {self.device!r}; expected one of {', '.join(DEVICES)}")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads: {self.threads}; expected at least 1")
+
+    @property
+    def thread_count(self) -> int:
+        """Threads to use: the request, or the cores this process is allowed to run on."""
+        if self.threads is not None:
+            return self.threads
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class Backend(Protocol):
+    """A loaded graph. ``run`` may be called from several threads at once."""
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Compute the named outputs from the named inputs."""
+        ...
+
+    def describe(self) -> str:
+        """Library, version, and the device really used."""
+        ...

@@ -1,0 +1,80 @@
+"""Open and write bundles: a folder whose every file is named, sized and hashed in its manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BundleError, InputError
+from .files import sha256_file
+from .manifest import MANIFEST_NAME, FileRecord, Manifest
+
+_LARGEST_MANIFEST_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Path of a file that the manifest lists."""
+        return self.folder / name
+
+
+def open_bundle(folder: str | Path, verify: bool = True) -> Bundle:
+    """Open a bundle and check that nothing in it is missing, truncated or changed.
+
+    Args:
+        verify: compare the sha256 of every file; sizes are compared in any case.
+
+    Raises:
+        InputError: no such folder.
+        BundleError: not a bundle, damaged, edited, or written by a newer version.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise InputError(f"{folder}: no such bundle")
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: a bundle is a folder; this is a file")
+    manifest_path = folder / MANIFEST_NAME
+    if not manifest_path.is_file():
+        raise BundleError(f"{folder}: no {MANIFEST_NAME}; not a bundle. `dcformer export` makes one")
+    if manifest_path.stat().st_size > _LARGEST_MANIFEST_BYTES:
+        raise BundleError(f"{manifest_path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; not a manifest")
+    try:
+        manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{manifest_path}: not UTF-8 text; the file is damaged") from error
+    except BundleError as error:
+        raise BundleError(f"{manifest_path}: {error}") from error
+    for record in manifest.files:
+        _check_file(folder, record, verify)
+    return Bundle(folder, manifest)
+
+
+def _check_file(folder: Path, record: FileRecord, verify: bool) -> None:
+    path = folder / record.path
+    if not path.is_file():
+        raise BundleError(f"{path}: missing; the bundle is incomplete. Copy it again or export it again")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{path}: a link that leaves the bundle; refused")
+    if (size := path.stat().st_size) != record.bytes:
+        raise BundleError(f"{path}: {size} bytes, the manifest says {record.bytes}; truncated or edited. "
+                          "Copy it again or export it again")
+    if verify and (digest := sha256_file(path)) != record.sha256:
+        raise BundleError(f"{path}: sha256 is {digest[:12]}…, the manifest says {record.sha256[:12]}…; damaged or "
+                          "edited. Copy it again or export it again")
+
+
+def record_file(folder: Path, name: str) -> FileRecord:
+    """Describe a file just written into a bundle."""
+    path = folder / name
+    return FileRecord(path=name, sha256=sha256_file(path), bytes=path.stat().st_size)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest; call it last, into a folder that is not yet under its final name."""
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

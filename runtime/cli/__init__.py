@@ -1,0 +1,1 @@
+"""The program ``dcformer``: one command per file, each imported only when it is called."""

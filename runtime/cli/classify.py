@@ -1,0 +1,28 @@
+"""``dcformer classify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..model import load
+from .options import bundle_argument, json_option, keep_going_option, model_options, scan_options, scans_argument
+from .scoring import score_scans
+
+
+@click.command("classify")
+@bundle_argument
+@scans_argument
+@json_option
+@keep_going_option
+@scan_options
+@model_options
+def command(
+    bundle: Path, scans: tuple[Path, ...], as_json: bool, keep_going: bool, device: str, threads: int | None,
+    no_verify: bool, **read_options: Any,
+) -> int:
+    """Score each SCAN with the fine-tuned detector that BUNDLE was made from."""
+    model = load(bundle, device, threads, verify=not no_verify)
+    return score_scans(model, scans, lambda scan: model.classify(scan, **read_options), as_json, keep_going)

@@ -1,0 +1,56 @@
+"""``dcformer export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import InputError
+from ..manifest import REDUCTIONS, Reduction
+from .inspect import print_agreement
+from .options import json_option, read_classes
+from .output import print_json, progress
+
+
+@click.command("export")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", help="Folder to make.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder with the text encoder's vocab.txt or tokenizer.json.")
+@click.option("--no-tokenizer", is_flag=True, help="Make a bundle that takes token ids but no texts.")
+@click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
+              help="Class names, one per line, instead of CT-RATE's 18 pathologies.")
+@click.option("--input-size", type=int, metavar="S",
+              help="Volumes of (S/2, S, S); only where the checkpoint does not tell.")
+@click.option("--reduction", type=click.Choice(REDUCTIONS), help="Only where the checkpoint does not tell.")
+@click.option("--check-scan", type=click.Path(path_type=Path), metavar="SCAN",
+              help="CT for the comparison with PyTorch, instead of the one that comes with this program.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@json_option
+def command(
+    checkpoint: Path, out: Path, tokenizer: Path | None, no_tokenizer: bool, classes: Path | None,
+    input_size: int | None, reduction: Reduction | None, check_scan: Path | None, force: bool, as_json: bool,
+) -> None:
+    """Turn CHECKPOINT (original DCFormer .pth, bare state dict or .safetensors) into a bundle.
+
+    The ONNX graphs are compared with PyTorch on a real CT and on random input; the command fails, and writes nothing,
+    if they differ by more than the stated tolerance.
+    """
+    if (tokenizer is None) != no_tokenizer:
+        raise InputError("--tokenizer DIR is needed to embed texts and score scans (or pass --no-tokenizer)"
+                         if tokenizer is None else "--tokenizer and --no-tokenizer exclude each other")
+    names = read_classes(classes)
+    from ...export.make_bundle import ExportOptions, export_checkpoint
+
+    options = ExportOptions(tokenizer, names, input_size, reduction, check_scan, overwrite=force)
+    with progress() as display:
+        manifest = export_checkpoint(checkpoint, out, options, display.stage)
+    if as_json:
+        print_json({"bundle": str(out), "encoder": manifest.encoder, "input_size": manifest.input_size,
+                    "reduction": manifest.reduction, "agreement": [vars(a) for a in manifest.agreement]})
+        return
+    print_agreement(manifest)
+    size = sum(record.bytes for record in manifest.files)
+    click.echo(f"{out}: {manifest.encoder}, input size {manifest.input_size}, reduction {manifest.reduction}, "
+               f"{size / 1e6:.1f} MB")

@@ -1,0 +1,58 @@
+"""``dcformer inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..bundle import open_bundle
+from ..manifest import Manifest
+from .options import bundle_argument, json_option
+from .output import print_json, print_table
+
+
+@click.command("inspect")
+@bundle_argument
+@click.option("--no-verify", is_flag=True, help="Compare sizes only, not the sha256 of every file.")
+@json_option
+def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
+    """Show what BUNDLE holds, and check that no file is missing, truncated or changed."""
+    manifest = open_bundle(bundle, verify=not no_verify).manifest
+    if as_json:
+        print_json(json.loads(manifest.to_json()))
+        return
+    print_table(str(bundle), ("", "value"), _facts(manifest))
+    print_table("Files", ("file", "bytes", "sha256"),
+                ((f.path, f"{f.bytes:,}", f.sha256[:16]) for f in manifest.files))
+    print_agreement(manifest)
+    click.echo("intact: sizes match" if no_verify else "intact: every file matches its sha256")
+
+
+def print_agreement(manifest: Manifest) -> None:
+    """How far the graphs were from PyTorch when the bundle was made."""
+    print_table(
+        "Difference from PyTorch fp32",
+        ("graph, output", "input", "largest relative error", "tolerance", "1 - cosine", "codes equal"),
+        ((f"{a.graph}, {a.output}", a.input, f"{a.max_relative_error:.1e}", f"{a.tolerance:.0e}",
+          f"{max(0.0, 1 - a.cosine):.1e}", "-" if a.codes_equal is None else f"{a.codes_equal:.2%}")
+         for a in manifest.agreement),
+    )
+
+
+def _facts(m: Manifest) -> list[tuple[str, str]]:
+    p = m.preprocessing
+    return [
+        ("encoder", f"{m.encoder}, {m.parameters / 1e6:.2f} M parameters, reduction {m.reduction}"),
+        ("volume (D, H, W)", " x ".join(map(str, p.shape_dhw))),
+        ("spacing (H, W, D)", " x ".join(f"{mm:g}" for mm in p.spacing_hwd_mm) + " mm"),
+        ("window", f"{p.window_hu[0]:g} to {p.window_hu[1]:g} HU, (v + {p.offset_hu:g}) / {p.scale_hu:g}"),
+        ("orientation", p.orientation),
+        ("graphs", ", ".join(f"{g.role} {g.precision} (opset {g.opset})" for g in m.graphs)),
+        ("texts", f"at most {m.text.max_tokens} tokens" if m.text else "no tokenizer"),
+        ("zero-shot classes", str(len(m.zero_shot.classes)) if m.zero_shot else "none"),
+        ("detector classes", str(len(m.detector.classes)) if m.detector else "none"),
+        ("weights", f"{m.source.file}, sha256 {m.source.sha256[:16]}" + ("" if m.source.trained else ", UNTRAINED")),
+        ("made", f"{m.created} with " + ", ".join(f"{k} {v}" for k, v in m.tools.items())),
+    ]

@@ -1,0 +1,68 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..backends.base import DEVICES
+from ..errors import InputError
+from ..files import require_file
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+scans_argument = click.argument("scans", metavar="SCAN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print only JSON on standard output.")
+keep_going_option = click.option("--keep-going", is_flag=True,
+                                 help="Go on after a scan that cannot be read; the exit code is 2 all the same.")
+
+
+def scan_options(function: _F) -> _F:
+    """What a user may know better than the file's header; arrives as keyword arguments of ``Model.preprocess``."""
+    for option in reversed((
+        click.option("--spacing", type=float, nargs=3, metavar="X Y Z",
+                     help="Voxel spacing in mm along the stored axes, instead of the header's."),
+        click.option("--slope", type=float, help="Rescale slope: HU = slope * value + intercept."),
+        click.option("--intercept", type=float, help="Rescale intercept, in HU."),
+        click.option("--orientation", metavar="NAME",
+                     help="'as-stored' ignores the directions in the header."),
+        click.option("--metadata", type=click.Path(path_type=Path), metavar="CSV",
+                     help="Spacing, slope and intercept by file name, in CT-RATE's columns."),
+    )):
+        function = option(function)
+    return function
+
+
+def model_options(function: _F) -> _F:
+    """How to run a bundle."""
+    for option in reversed((
+        click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default every usable core."),
+        click.option("--no-verify", is_flag=True, help="Do not compare the bundle's files with their sha256."),
+    )):
+        function = option(function)
+    return function
+
+
+def read_classes(path: Path | None) -> list[str] | None:
+    """Class names from a text file, one per line; blank lines are skipped.
+
+    Raises:
+        InputError: no such file, not text, no name, or a name twice.
+    """
+    if path is None:
+        return None
+    require_file(path, "classes file")
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text; expected one class name per line") from error
+    if not names:
+        raise InputError(f"{path}: no class name in it; expected one per line")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path}: class {repeated[0]!r} stands there {names.count(repeated[0])} times")
+    return names

@@ -1,0 +1,77 @@
+"""What commands print: tables on standard output, progress on standard error and only to a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+#: Width of tables that go to a file or a pipe, where there is no terminal to ask.
+_WIDTH_WITHOUT_TERMINAL = 120
+
+
+def print_json(value: Any) -> None:
+    """JSON alone on standard output; NaN is an error rather than invalid JSON."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A table; the first column is left-aligned, the others right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)
+
+
+class Stages(Protocol):
+    """Reports progress: ``stage(text)`` names what begins, ``advance()`` counts one item done."""
+
+    def stage(self, text: str) -> None:
+        """Say what begins."""
+        ...
+
+    def advance(self) -> None:
+        """One item is done."""
+        ...
+
+
+class _TerminalStages:
+    def __init__(self, progress: Progress, total: int | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=total)
+
+    def stage(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+
+class _SilentStages:
+    def stage(self, text: str) -> None:
+        """Nothing: no terminal is watching."""
+
+    def advance(self) -> None:
+        """Nothing: no terminal is watching."""
+
+
+@contextmanager
+def progress(total: int | None = None) -> Iterator[Stages]:
+    """A progress display on standard error; silent when that is no terminal."""
+    if not sys.stderr.isatty():
+        yield _SilentStages()
+        return
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    if total is not None:
+        columns[2:2] = [BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+        yield _TerminalStages(display, total)

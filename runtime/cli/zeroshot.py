@@ -1,0 +1,39 @@
+"""``dcformer zeroshot``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..model import load
+from .options import (
+    bundle_argument,
+    json_option,
+    keep_going_option,
+    model_options,
+    read_classes,
+    scan_options,
+    scans_argument,
+)
+from .scoring import score_scans
+
+
+@click.command("zeroshot")
+@bundle_argument
+@scans_argument
+@click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
+              help="Class names, one per line, instead of the bundle's 18 pathologies.")
+@json_option
+@keep_going_option
+@scan_options
+@model_options
+def command(
+    bundle: Path, scans: tuple[Path, ...], classes: Path | None, as_json: bool, keep_going: bool, device: str,
+    threads: int | None, no_verify: bool, **read_options: Any,
+) -> int:
+    """Score each SCAN (.nii or .nii.gz) for every class: "X is present." against "X is not present."."""
+    names = read_classes(classes)
+    model = load(bundle, device, threads, verify=not no_verify)
+    return score_scans(model, scans, lambda scan: model.zero_shot(scan, names, **read_options), as_json, keep_going)

@@ -1,0 +1,270 @@
+"""What a bundle is: one frozen dataclass, saved as ``manifest.json``. The format is described in docs/bundle.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal, get_args
+
+import dacite
+
+from .errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+DIGEST_FIELD = "manifest_sha256"
+
+ROLES = ("image", "text")
+PRECISIONS = ("fp32",)
+Reduction = Literal["channel", "depth", "none"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+SCORE_KINDS = ("softmax_over_pair",)
+
+#: The 18 findings of CT-RATE in label order (Hamamci et al., arXiv:2403.17834).
+CT_RATE_CLASSES = (
+    "Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
+    "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis",
+    "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
+    "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis",
+    "Interlobular septal thickening",
+)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From Hounsfield units to what the image tower reads. The defaults are those of the published checkpoints.
+
+    Steps: clip to ``clip_hu`` and divide by ``resampling_scale_hu``; trilinear resampling (half-pixel centres, no
+    antialiasing) to ``spacing_hwd_mm``; multiply back, clip to ``window_hu``; ``(v + offset_hu) / scale_hu``;
+    centre-crop or pad with ``pad_value`` to ``shape_dhw``.
+
+    ``orientation``: the directions in which the H, W and D indices grow (L left, P posterior, S superior).
+    """
+
+    shape_dhw: tuple[int, int, int]
+    orientation: str = "LPS"
+    spacing_hwd_mm: tuple[float, float, float] = (0.75, 0.75, 1.5)
+    clip_hu: tuple[float, float] = (-1000.0, 1000.0)
+    resampling_scale_hu: float = 1000.0
+    window_hu: tuple[float, float] = (-1000.0, 200.0)
+    offset_hu: float = 400.0
+    scale_hu: float = 600.0
+    pad_value: float = -1.0
+
+    def __post_init__(self) -> None:
+        _require(all(side > 0 for side in self.shape_dhw), "preprocessing.shape_dhw", self.shape_dhw, "positive sides")
+        _require(all(mm > 0 for mm in self.spacing_hwd_mm), "preprocessing.spacing_hwd_mm", self.spacing_hwd_mm,
+                 "positive millimetres")
+        axes = {"L": 0, "R": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+        _require(sorted(axes.get(letter, 9) for letter in self.orientation) == [0, 1, 2], "preprocessing.orientation",
+                 self.orientation, "three letters such as LPS")
+        for field in ("clip_hu", "window_hu"):
+            low, high = getattr(self, field)
+            _require(low < high, f"preprocessing.{field}", (low, high), "low < high")
+        for field in ("resampling_scale_hu", "scale_hu"):
+            _require(getattr(self, field) > 0, f"preprocessing.{field}", getattr(self, field), "a positive number")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, numpy dtype and axes of a graph input or output; a string axis is dynamic."""
+
+    name: str
+    dtype: str
+    axes: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of the bundle and what it computes."""
+
+    role: str
+    precision: str
+    file: str
+    opset: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    def __post_init__(self) -> None:
+        _require(self.role in ROLES, "graphs.role", self.role, f"one of {', '.join(ROLES)}")
+        _require(self.precision in PRECISIONS, "graphs.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text tower's tokenizer: ``file`` is a Hugging Face ``tokenizer.json``; longer texts are truncated."""
+
+    file: str
+    max_tokens: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 2, "text.max_tokens", self.max_tokens, "at least 2")
+
+
+@dataclass(frozen=True)
+class ZeroShotTask:
+    """Zero-shot scoring: each class with two prompts, ``{}`` standing for its name.
+
+    ``softmax_over_pair``: score = first entry of softmax(scale * cosine(image, prompt)) over the two prompts.
+    ``prompt_embeddings`` holds the text embeddings of these prompts, float32 ``[classes, 2, 512]``, positive first.
+    """
+
+    classes: tuple[str, ...]
+    positive_prompt: str
+    negative_prompt: str
+    score: str
+    similarity_scale: float
+    prompt_embeddings: str
+
+    def __post_init__(self) -> None:
+        _require_classes("zero_shot.classes", self.classes)
+        _require(self.score in SCORE_KINDS, "zero_shot.score", self.score, f"one of {', '.join(SCORE_KINDS)}")
+        for field in ("positive_prompt", "negative_prompt"):
+            _require(getattr(self, field).count("{}") == 1, f"zero_shot.{field}", getattr(self, field), "one {}")
+
+    def prompts(self, class_name: str) -> tuple[str, str]:
+        """The positive and the negative prompt of a class."""
+        return self.positive_prompt.replace("{}", class_name), self.negative_prompt.replace("{}", class_name)
+
+
+@dataclass(frozen=True)
+class DetectorTask:
+    """The fine-tuned detector's classes, in the order of the image tower's output ``class_scores``."""
+
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _require_classes("detector.classes", self.classes)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from. ``trained`` is false for weights that are known to be random."""
+
+    file: str
+    sha256: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far one graph was from PyTorch (fp32, CPU) on one input when the bundle was made.
+
+    ``max_relative_error``: largest absolute difference divided by the largest absolute value of PyTorch's output.
+    ``cosine``: the smallest cosine similarity of a sample. ``codes_equal``: share of VQ codes that agree, where the
+    output depends on them; an image embedding is compared given the graph's own codes.
+    """
+
+    graph: str
+    output: str
+    input: str
+    max_relative_error: float
+    cosine: float
+    tolerance: float
+    codes_equal: float | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and sha256 of a file of the bundle; ``path`` is relative, with forward slashes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        parts = PurePosixPath(self.path).parts
+        plain = bool(parts) and not self.path.startswith("/") and ".." not in parts
+        plain = plain and not set(self.path) & set("\\:\0")
+        _require(plain, "files.path", self.path, "a relative path inside the bundle")
+        _require(re.fullmatch("[0-9a-f]{64}", self.sha256) is not None, "files.sha256", self.sha256, "64 hex digits")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime must know about a model. ``input_size`` S means volumes of (D, H, W) = (S/2, S, S)."""
+
+    schema_version: int
+    created: str
+    encoder: str
+    parameters: int
+    input_size: int
+    reduction: Reduction
+    embedding_dim: int
+    source: Source
+    preprocessing: Preprocessing
+    graphs: tuple[Graph, ...]
+    text: Text | None
+    zero_shot: ZeroShotTask | None
+    detector: DetectorTask | None
+    agreement: tuple[Agreement, ...]
+    files: tuple[FileRecord, ...]
+    tools: dict[str, str]
+
+    def __post_init__(self) -> None:
+        listed = {record.path for record in self.files}
+        named = [graph.file for graph in self.graphs]
+        named += [self.text.file] if self.text else []
+        named += [self.zero_shot.prompt_embeddings] if self.zero_shot else []
+        for name in named:
+            _require(name in listed, "files", name, "every named file listed with its sha256")
+
+    def graph(self, role: str, precision: str = "fp32") -> Graph | None:
+        """The graph of that role and precision, or None."""
+        return next((g for g in self.graphs if (g.role, g.precision) == (role, precision)), None)
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``, its own digest included."""
+        content = dataclasses.asdict(self)
+        return json.dumps({**content, DIGEST_FIELD: _digest(content)}, indent=2, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Read ``manifest.json``.
+
+        Raises:
+            BundleError: not JSON, another schema version, edited, or a field missing, unknown or of the wrong type.
+        """
+        try:
+            content = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"not valid JSON ({error}); the file is truncated or damaged") from error
+        if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+            raise BundleError("no schema_version; this is not the manifest of a bundle")
+        if (version := content["schema_version"]) != SCHEMA_VERSION:
+            advice = "upgrade dcformer-deploy" if version > SCHEMA_VERSION else "export the checkpoint again"
+            raise BundleError(f"schema_version is {version}, this program reads {SCHEMA_VERSION}; {advice}")
+        digest = content.pop(DIGEST_FIELD, None)
+        if digest != _digest(content):
+            raise BundleError(f"{DIGEST_FIELD} does not match the content: the manifest was edited or damaged; "
+                              "export the bundle again")
+        try:
+            return dacite.from_dict(Manifest, content, dacite.Config(strict=True, cast=[tuple]))
+        except (dacite.DaciteError, TypeError, ValueError) as error:
+            raise BundleError(str(error)) from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of a manifest without its digest: it tells an edit from the export's own work."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _require_classes(field: str, classes: tuple[str, ...]) -> None:
+    _require(len(classes) > 0, field, classes, "at least one name")
+    _require(len(set(classes)) == len(classes), field, classes, "names without repetition")
+
+
+def _require(condition: bool, field: str, value: object, expected: str) -> None:
+    if not condition or (isinstance(value, float) and not math.isfinite(value)):
+        raise BundleError(f"{field} is {value!r}; expected {expected}")

@@ -1,0 +1,285 @@
+"""The model a user holds: embeddings and scores from a bundle. Knows neither inference libraries nor file formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends import Backend, Options, open_graph
+from .bundle import Bundle, open_bundle
+from .errors import BundleError, InputError
+from .manifest import Manifest, ZeroShotTask
+from .text import Tokenizer
+from .volume import ReadOptions, preprocess, read_nifti
+
+#: A file to read, or a preprocessed volume ``[D, H, W]`` float32 in [-1, 1].
+Scan = str | Path | NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Zero-shot result of one scan: probability per class, milliseconds per phase.
+
+    Phases: ``read`` the file, ``preprocess``, ``load`` the graph (once per model), ``image`` tower, ``prompts``
+    (once per list of classes), ``score``, and their ``total``. An array skips the first two.
+    """
+
+    volume: str
+    scores: dict[str, float]
+    timings_ms: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Classification(ZeroShot):
+    """The fine-tuned detector's result of one scan, in the same form."""
+
+
+def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True) -> Model:
+    """Open a bundle for inference.
+
+    Args:
+        device: "cpu" or "cuda"; never replaced silently by the other.
+        threads: CPU threads of one inference; None = the cores this process may use.
+        verify: compare the sha256 of every file with the manifest.
+
+    Raises:
+        InputError, BundleError: no bundle there, or a damaged, edited or newer one.
+    """
+    return Model(open_bundle(bundle, verify), Options(device, threads))
+
+
+class Model:
+    """A loaded bundle. Graphs are opened when first used; methods may be called from several threads.
+
+    Embeddings are float32 with unit length.
+    """
+
+    def __init__(self, bundle: Bundle, options: Options) -> None:
+        self._bundle = bundle
+        self._options = options
+        self._graphs: dict[str, Backend] = {}
+        self._prompts: dict[tuple[str, ...], NDArray[np.float32]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self._bundle.manifest
+
+    def describe(self) -> str:
+        """Inference library, version and device of the image tower; opens it if need be."""
+        return self._graph("image").describe()
+
+    # ------------------------------------------------------------------ images
+
+    def preprocess(
+        self, path: str | Path, spacing: Sequence[float] | None = None, slope: float | None = None,
+        intercept: float | None = None, orientation: str | None = None, metadata: str | Path | None = None,
+    ) -> NDArray[np.float32]:
+        """Read a NIfTI scan into the image tower's input: ``[D, H, W]`` float32, values in [-1, 1].
+
+        Args:
+            path: ``.nii`` or ``.nii.gz``.
+            spacing: mm along the stored axes, (x, y, z) or (xy, z); None = the header's.
+            slope, intercept: HU = slope * value + intercept, on top of the file's own scaling; None = 1 and 0.
+            orientation: "as-stored" ignores the header's directions; None reorients to the manifest's orientation.
+            metadata: CSV with CT-RATE's columns, for files with blank headers.
+
+        Raises:
+            InputError: anything about the file that would have to be guessed; the message says what to pass.
+        """
+        options = ReadOptions(spacing, slope, intercept, orientation, metadata)
+        spec = self.manifest.preprocessing
+        return preprocess(read_nifti(path, spec.orientation, options), spec)
+
+    def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
+        """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array."""
+        return self._embed_volume(self._volume(scan, read_options, {}))
+
+    def embed_images(self, scans: Sequence[Scan], **read_options: Any) -> NDArray[np.float32]:
+        """Image embeddings ``[n, 512]``, one scan at a time in memory."""
+        if isinstance(scans, str | Path) or not len(scans):
+            raise InputError("scans: expected a list of at least one scan")
+        return np.stack([self.embed_image(scan, **read_options) for scan in scans])
+
+    def image_outputs(
+        self, volumes: NDArray[np.float32], outputs: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Any output of the image tower for preprocessed volumes ``[B, D, H, W]``; None = all that the manifest lists.
+
+        ``image_embedding`` [B, 512], ``codes`` [B, tokens] int64, ``feature_map`` [B, C, H', W', D'], and for a
+        fine-tuned detector ``class_scores`` [B, classes].
+        """
+        volumes = np.asarray(volumes)
+        self._require_preprocessed(volumes)
+        names = list(outputs) if outputs is not None else [info.name for info in self._info("image").outputs]
+        return dict(zip(names, self._run_image(volumes, names), strict=True))
+
+    def _require_preprocessed(self, volumes: NDArray[Any]) -> None:
+        shape = self.manifest.preprocessing.shape_dhw
+        if volumes.ndim != 4 or volumes.shape[1:] != shape:
+            raise InputError(f"volumes: shape {list(volumes.shape)}; expected [batch, {', '.join(map(str, shape))}] "
+                             "(D, H, W), preprocessed")
+        if volumes.dtype.kind not in "fiu" or not volumes.size:
+            raise InputError(f"volumes: {volumes.size} values of {volumes.dtype}; expected float32")
+        low, high = float(volumes.min()), float(volumes.max())  # NaN anywhere makes both NaN
+        if not np.isfinite([low, high]).all():
+            raise InputError("volumes: NaN or infinite values; expected a finite preprocessed volume")
+        spec = self.manifest.preprocessing
+        bounds = [(edge + spec.offset_hu) / spec.scale_hu for edge in spec.window_hu] + [spec.pad_value]
+        if low < min(bounds) - 1e-4 or high > max(bounds) + 1e-4:
+            raise InputError(f"volumes: values from {low:g} to {high:g}; expected a preprocessed volume in "
+                             f"[{min(bounds):g}, {max(bounds):g}]. Pass a file, or use preprocess()")
+
+    def _run_image(self, volumes: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        feeds = {"volume": np.ascontiguousarray(volumes[:, None], np.float32)}
+        return self._graph("image").run(feeds, outputs)
+
+    # ------------------------------------------------------------------ texts
+
+    def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Text embeddings ``[n, 512]``. A text over the token limit is truncated with a TruncationWarning."""
+        if isinstance(texts, str):
+            texts = [texts]
+        ids, mask = self._tokenizer.encode(texts)
+        return self.embed_tokens(ids, mask)
+
+    def embed_tokens(self, ids: NDArray[np.integer], mask: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Text embeddings ``[n, 512]`` of token ids ``[n, length]`` with their attention mask (1 = token)."""
+        ids, mask = np.asarray(ids), np.asarray(mask)
+        if ids.ndim != 2 or ids.shape != mask.shape or not ids.size:
+            raise InputError(f"token ids {list(ids.shape)} and mask {list(mask.shape)}: expected two equal [n, length]")
+        if ids.dtype.kind not in "iu" or mask.dtype.kind not in "iub":
+            raise InputError(f"token ids are {ids.dtype}, mask {mask.dtype}; expected integers")
+        feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+        return self._graph("text").run(feeds, ["text_embedding"])[0]
+
+    # ------------------------------------------------------------------ scores
+
+    def zero_shot(self, scan: Scan, classes: Sequence[str] | None = None, **read_options: Any) -> ZeroShot:
+        """Probability of each class for a scan, by its positive against its negative prompt.
+
+        Args:
+            scan: file or preprocessed array.
+            classes: other names than the manifest's; their prompts are embedded once per loaded model.
+            read_options: as in ``preprocess``.
+        """
+        task = self._zero_shot_task()
+        names = tuple(classes) if classes is not None else task.classes
+        timings: dict[str, float] = {}
+        with _timed(timings, "total"):
+            volume = self._volume(scan, read_options, timings)
+            with _timed(timings, "load"):
+                self._graph("image")
+            with _timed(timings, "image"):
+                image = self._embed_volume(volume)
+            with _timed(timings, "prompts"):
+                prompts = self._prompt_embeddings(task, names)
+            with _timed(timings, "score"):
+                scores = _softmax_over_pair(prompts @ image * np.float32(task.similarity_scale))
+        return ZeroShot(_name(scan), dict(zip(names, scores.tolist(), strict=True)), timings)
+
+    def classify(self, scan: Scan, **read_options: Any) -> Classification:
+        """Class probabilities of a fine-tuned detector.
+
+        Raises:
+            BundleError: this bundle was made from a checkpoint without a classifier.
+        """
+        detector = self.manifest.detector
+        if detector is None:
+            raise BundleError(f"{self._bundle.folder}: no classifier in this bundle (its checkpoint is a plain CLIP "
+                              "model); use zero_shot")
+        timings: dict[str, float] = {}
+        with _timed(timings, "total"):
+            volume = self._volume(scan, read_options, timings)
+            with _timed(timings, "load"):
+                self._graph("image")
+            with _timed(timings, "image"):
+                scores = self._run_image(volume[None], ["class_scores"])[0][0]
+        return Classification(_name(scan), dict(zip(detector.classes, scores.tolist(), strict=True)), timings)
+
+    # ------------------------------------------------------------------ inside
+
+    def _volume(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float]) -> NDArray[np.float32]:
+        if isinstance(scan, np.ndarray):
+            if read_options:
+                raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
+            self._require_preprocessed(scan[None])
+            return scan
+        spec = self.manifest.preprocessing
+        with _timed(timings, "read"):
+            volume = read_nifti(scan, spec.orientation, ReadOptions(**read_options))
+        with _timed(timings, "preprocess"):
+            return preprocess(volume, spec)
+
+    def _embed_volume(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._run_image(volume[None], ["image_embedding"])[0][0]
+
+    def _info(self, role: str) -> Any:
+        graph = self.manifest.graph(role)
+        if graph is None:
+            raise BundleError(f"{self._bundle.folder}: this bundle has no {role} tower; it was exported without one")
+        return graph
+
+    def _graph(self, role: str) -> Backend:
+        with self._lock:
+            if role not in self._graphs:
+                self._graphs[role] = open_graph(self._bundle.path(self._info(role).file), self._options)
+            return self._graphs[role]
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        spec = self.manifest.text
+        if spec is None:
+            raise BundleError(f"{self._bundle.folder}: this bundle has no tokenizer; export it with --tokenizer DIR")
+        return Tokenizer(self._bundle.path(spec.file), spec)
+
+    def _zero_shot_task(self) -> ZeroShotTask:
+        task = self.manifest.zero_shot
+        if task is None:
+            raise BundleError(f"{self._bundle.folder}: no zero-shot prompts in this bundle; export it with --tokenizer "
+                              "DIR")
+        return task
+
+    def _prompt_embeddings(self, task: ZeroShotTask, classes: tuple[str, ...]) -> NDArray[np.float32]:
+        """``[classes, 2, 512]``, positive prompt first; from the bundle for its own classes, else computed once."""
+        if classes not in self._prompts:
+            if classes == task.classes:
+                self._prompts[classes] = np.load(self._bundle.path(task.prompt_embeddings), allow_pickle=False)
+            else:
+                if not classes or len(set(classes)) != len(classes):
+                    raise InputError("classes: expected at least one name, each only once")
+                texts = [text for name in classes for text in task.prompts(name)]
+                self._prompts[classes] = self.embed_text(texts).reshape(len(classes), 2, -1)
+        return self._prompts[classes]
+
+
+def _softmax_over_pair(similarity: NDArray[np.float32]) -> NDArray[np.float32]:
+    """First entry of the softmax over the last axis of ``[classes, 2]``."""
+    exponent = np.exp(similarity - similarity.max(axis=-1, keepdims=True))
+    return exponent[:, 0] / exponent.sum(axis=-1)
+
+
+def _name(scan: Scan) -> str:
+    return "array" if isinstance(scan, np.ndarray) else str(scan)
+
+
+@contextmanager
+def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[phase] = (time.perf_counter() - start) * 1e3

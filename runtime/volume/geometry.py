@@ -1,0 +1,94 @@
+"""Spacing and directions of a scan: what the header says, whether it can be believed, and turning to the manifest's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from .metadata import VolumeMetadata
+from .options import ReadOptions, expand_spacing, in_mm, require_spacing
+from .types import Spacing
+
+_MILLIMETRE_CODES = (0, 2)  # NIfTI xyzt_units: unknown, which everyone takes for mm, and mm
+#: pixdim and affine may differ by rounding in the writing program, not by more (relative).
+_SPACING_TOLERANCE = 1e-3
+_REMEDY = "pass --spacing X Y Z, or --metadata CSV for CT-RATE"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The geometry fields of a header, unrepaired.
+
+    ``affine``: voxel index to patient mm, 4x4 (RAS+). ``pixdim_mm``: along the stored axes. ``has_form``: the header
+    has a qform or an sform. ``unit_code``: spatial part of NIfTI's xyzt_units.
+    """
+
+    affine: NDArray[np.float64]
+    pixdim_mm: Spacing
+    has_form: bool
+    unit_code: int
+
+    @property
+    def is_blank(self) -> bool:
+        """The header was never filled in: no orientation, or unit spacing with identity."""
+        unit = np.allclose(np.abs(self.pixdim_mm), 1) and np.allclose(self.affine, np.eye(4))
+        return not self.has_form or bool(unit)
+
+    @property
+    def is_regular(self) -> bool:
+        """The affine can be inverted."""
+        return bool(np.isfinite(self.affine).all()) and abs(np.linalg.det(self.affine[:3, :3])) > 0
+
+    @property
+    def has_directions(self) -> bool:
+        """The stored axes have known directions in the patient."""
+        return not self.is_blank and self.is_regular
+
+
+def choose_spacing(path: Path, geometry: Geometry, options: ReadOptions, metadata: VolumeMetadata | None) -> Spacing:
+    """Spacing along the stored axes: the caller's, else the metadata's, else the header's if it can be believed.
+
+    Raises:
+        InputError: the header is blank, impossible or contradicts itself.
+    """
+    if options.spacing is not None:
+        return expand_spacing(options.spacing)
+    if metadata is not None:
+        return metadata.spacing_xyz_mm
+    pixdim = geometry.pixdim_mm
+    if geometry.has_form:
+        require_spacing(f"{path}: spacing in the header", pixdim, _REMEDY)
+    if geometry.is_blank:
+        raise InputError(f"{path}: blank header (no orientation, or unit spacing with identity): the voxel spacing is "
+                         f"unknown; {_REMEDY}")
+    if not geometry.is_regular:
+        raise InputError(f"{path}: the header's affine is singular or not finite; {_REMEDY}")
+    if geometry.unit_code not in _MILLIMETRE_CODES:
+        raise InputError(f"{path}: the header's spatial unit is code {geometry.unit_code}, not millimetres; {_REMEDY}")
+    from_affine = np.linalg.norm(geometry.affine[:3, :3], axis=0)
+    if not np.allclose(from_affine, pixdim, rtol=_SPACING_TOLERANCE):
+        raise InputError(f"{path}: the header contradicts itself: pixdim says {in_mm(pixdim)}, the affine "
+                         f"{in_mm(from_affine.tolist())}; {_REMEDY}")
+    return pixdim
+
+
+def reorient(
+    path: Path, affine: NDArray[np.float64], stored: NDArray[Any], spacing: Spacing, target: str
+) -> tuple[NDArray[Any], Spacing]:
+    """View the array, and order the spacing, in ``target`` directions; oblique scans go to the nearest axes.
+
+    Nothing is copied.
+    """
+    current = io_orientation(affine)
+    if np.isnan(current).any():
+        raise InputError(f"{path}: the affine gives no direction for one of the axes; pass --orientation as-stored")
+    change = ornt_transform(current, axcodes2ornt(tuple(target)))
+    order = np.argsort(change[:, 0])
+    h, w, d = (spacing[int(source)] for source in order)
+    return apply_orientation(stored, change), (h, w, d)

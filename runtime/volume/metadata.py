@@ -1,0 +1,63 @@
+"""CT-RATE's metadata CSV: spacing, slope and intercept of volumes whose NIfTI headers are blank."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import require_file
+from .types import Spacing
+
+_COLUMNS = ("VolumeName", "XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept")
+
+
+@dataclass(frozen=True)
+class VolumeMetadata:
+    """One row: spacing in mm along the stored axes, and HU = slope * value + intercept."""
+
+    spacing_xyz_mm: Spacing
+    slope: float
+    intercept: float
+
+
+def read_metadata(path: str | Path, volume_name: str) -> VolumeMetadata:
+    """The row of ``volume_name`` in a CSV with CT-RATE's columns; ``XYSpacing`` is written ``[x, y]``.
+
+    Raises:
+        InputError: no such file, column or volume, or a value that is no usable number.
+    """
+    path = Path(path)
+    require_file(path, "metadata CSV")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+                raise InputError(f"{path}: no column {missing[0]}; expected CT-RATE's: {', '.join(_COLUMNS)}")
+            row = next((row for row in reader if row["VolumeName"] == volume_name), None)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV text file ({error})") from error
+    if row is None:
+        raise InputError(f"{path}: no row with VolumeName {volume_name!r}")
+    x, y = _numbers(path, volume_name, row, "XYSpacing", 2)
+    (z,) = _numbers(path, volume_name, row, "ZSpacing", 1)
+    (slope,) = _numbers(path, volume_name, row, "RescaleSlope", 1)
+    (intercept,) = _numbers(path, volume_name, row, "RescaleIntercept", 1)
+    if min(x, y, z) <= 0 or slope == 0:
+        raise InputError(f"{path}: {volume_name}: spacing {x:g} x {y:g} x {z:g} mm, slope {slope:g}; expected positive "
+                         "spacing and a slope other than 0")
+    return VolumeMetadata((x, y, z), slope, intercept)
+
+
+def _numbers(path: Path, volume_name: str, row: dict[str, str], column: str, count: int) -> list[float]:
+    text = row[column] or ""
+    try:
+        values = [float(part) for part in re.sub(r"[\[\]()]", "", text).split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count or not all(math.isfinite(value) for value in values):
+        raise InputError(f"{path}: {volume_name}: {column} is {text!r}; expected {count} number{'s' * (count > 1)}")
+    return values

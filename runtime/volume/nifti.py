@@ -1,0 +1,167 @@
+"""Read a CT volume from NIfTI, refusing whatever would have to be guessed."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.imageglobals import LoggingOutputSuppressor
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..files import require_file
+from .geometry import Geometry, choose_spacing, reorient
+from .hounsfield import check_hounsfield
+from .metadata import VolumeMetadata, read_metadata
+from .options import AS_IN_FILE, AS_STORED, ReadOptions
+from .types import LinearMap, Volume
+
+#: Larger headers are refused before anything is allocated: 2^30 voxels are 1024 slices of 1024 x 1024.
+MAX_VOXELS = 1 << 30
+#: Bytes tolerated behind the voxels; a longer tail means that the header describes another file.
+_LARGEST_TAIL_BYTES = 1 << 20
+_READ_BYTES = 8 << 20
+_SUFFIXES = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the file says of its voxels and of their place."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    scaling: LinearMap
+    geometry: Geometry
+
+
+def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadOptions = AS_IN_FILE) -> Volume:
+    """Read a ``.nii`` or ``.nii.gz`` file.
+
+    The voxels stay as stored (integers are not converted); the array is viewed in ``target_orientation``.
+
+    Raises:
+        InputError: missing, not NIfTI, truncated, not one grey-scale 3-D volume, larger than ``MAX_VOXELS``, spacing
+            missing or impossible, voxels that are not finite or cannot be Hounsfield units.
+    """
+    path = Path(path)
+    if options.orientation not in (None, AS_STORED, target_orientation):
+        raise InputError(f"orientation: {options.orientation!r}; expected {target_orientation!r} (reorient by the "
+                         f"header) or {AS_STORED!r}")
+    header = _read_header(path)
+    shape = _check_layout(path, header)
+    metadata = read_metadata(options.metadata, path.name) if options.metadata is not None else None
+    spacing = choose_spacing(path, header.geometry, options, metadata)
+    stored = _read_voxels(path, header, shape)
+    # A blank header says nothing of directions; CT-RATE, where such files come from, stores them in LPS.
+    orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
+    if orientation != AS_STORED and header.geometry.has_directions:
+        stored, spacing = reorient(path, header.geometry.affine, stored, spacing, target_orientation)
+    volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation)
+    check_hounsfield(path, volume, explicit=options.slope is not None and options.intercept is not None)
+    return volume
+
+
+def _read_header(path: Path) -> _Header:
+    require_file(path, "scan")
+    if not path.name.lower().endswith(_SUFFIXES):
+        raise InputError(f"{path}: not NIfTI by its name; expected .nii or .nii.gz")
+    try:
+        with LoggingOutputSuppressor():  # nibabel logs the repairs of impossible fields, which we refuse instead
+            image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Image):
+            raise InputError(f"{path}: a {type(image).__name__}, not a single-file NIfTI volume")
+        with (gzip.open(path) if _is_gzip(path) else path.open("rb")) as file:
+            raw = type(image.header).from_fileobj(file, check=False)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: not a NIfTI file, or its header is damaged ({_brief(error)})") from error
+    proxy: Any = image.dataobj  # nibabel's annotations do not cover its array proxies
+    slope, intercept = float(proxy.slope), float(proxy.inter)
+    if not (math.isfinite(slope) and math.isfinite(intercept)) or slope == 0:
+        raise InputError(f"{path}: scl_slope {slope:g} and scl_inter {intercept:g} are not a usable scaling")
+    x, y, z = (float(v) for v in raw["pixdim"][1:4])
+    geometry = Geometry(
+        affine=np.asarray(image.affine, np.float64),
+        pixdim_mm=(x, y, z),
+        has_form=int(raw["qform_code"]) != 0 or int(raw["sform_code"]) != 0,
+        unit_code=int(raw["xyzt_units"]) & 7,
+    )
+    return _Header(tuple(int(n) for n in image.shape), np.dtype(image.get_data_dtype()), int(proxy.offset),
+                   LinearMap(slope, intercept), geometry)
+
+
+def _check_layout(path: Path, header: _Header) -> tuple[int, int, int]:
+    """The three axes of the one grey-scale volume that the file must hold."""
+    shape, dtype = header.shape, header.dtype
+    voxels = math.prod(shape)
+    if len(shape) < 3:
+        raise InputError(f"{path}: {len(shape)}-D of shape {shape}; expected a 3-D volume")
+    if any(n > 1 for n in shape[3:]):
+        raise InputError(f"{path}: shape {shape} holds {math.prod(shape[3:])} volumes; expected one. Split the file")
+    if any(n < 1 for n in shape):
+        raise InputError(f"{path}: shape {shape} has an empty axis")
+    if voxels > MAX_VOXELS:
+        raise InputError(f"{path}: the header claims {voxels:,} voxels {shape}; the limit is {MAX_VOXELS:,}")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        kind = "RGB colour" if dtype.fields else str(dtype)
+        raise InputError(f"{path}: voxels are {kind}; expected integers or floats in Hounsfield units")
+    return shape[0], shape[1], shape[2]
+
+
+def _rescale(options: ReadOptions, metadata: VolumeMetadata | None) -> LinearMap:
+    """Slope and intercept: the caller's, else the metadata's, else none."""
+    slope = options.slope if options.slope is not None else metadata.slope if metadata else 1.0
+    intercept = options.intercept if options.intercept is not None else metadata.intercept if metadata else 0.0
+    return LinearMap(slope, intercept)
+
+
+def _read_voxels(path: Path, header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:
+    """The stored voxels ``[x, y, z]``, read-only; an uncompressed file is mapped, not read."""
+    size = math.prod(shape) * header.dtype.itemsize
+    if not _is_gzip(path):
+        if (actual := path.stat().st_size) < header.offset + size:
+            raise InputError(f"{path}: truncated: {actual:,} bytes, the header needs {header.offset + size:,}")
+        return np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=shape, order="F")
+    buffer = np.empty(size, np.uint8)
+    try:
+        with gzip.open(path) as stream:
+            stream.read(header.offset)
+            filled = _fill(stream, buffer.data)
+            # Only reading to the end makes gzip compare its checksum.
+            tail = len(stream.read(_LARGEST_TAIL_BYTES + 1)) if filled == size else 0
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}: truncated or damaged gzip stream ({_brief(error)}); copy the file again") from error
+    if filled < size:
+        raise InputError(f"{path}: truncated: {filled:,} bytes of voxels, the header needs {size:,}")
+    if tail > _LARGEST_TAIL_BYTES:
+        raise InputError(f"{path}: more than {_LARGEST_TAIL_BYTES:,} bytes follow the {size:,} that shape {shape} "
+                         "needs; the header does not describe this file")
+    return buffer.view(header.dtype).reshape(shape, order="F")
+
+
+def _fill(stream: gzip.GzipFile, target: memoryview) -> int:
+    """Read until ``target`` is full or the stream ends; returns the number of bytes."""
+    filled = 0
+    while filled < len(target):
+        count = stream.readinto(target[filled : filled + _READ_BYTES])
+        if not count:
+            break
+        filled += count
+    return filled
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__

@@ -1,0 +1,65 @@
+"""What a caller knows better than the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from .types import Spacing
+
+AS_STORED = "as-stored"
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Overrides for one scan; None leaves a matter to the file.
+
+    ``spacing``: mm along the stored axes, (x, y, z), or (xy, z) as CT-RATE's metadata gives it.
+    ``slope``, ``intercept``: HU = slope * value + intercept, on top of the file's own scaling.
+    ``orientation``: "as-stored" keeps the stored axes; the manifest's code, like None, reorients by the header.
+    ``metadata``: a CSV in CT-RATE's layout; supplies spacing, slope and intercept by file name.
+    """
+
+    spacing: Sequence[float] | None = None
+    slope: float | None = None
+    intercept: float | None = None
+    orientation: str | None = None
+    metadata: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.spacing is not None:
+            require_spacing("spacing", expand_spacing(self.spacing), "give positive millimetres")
+        for field in ("slope", "intercept"):
+            value = getattr(self, field)
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"{field}: {value!r}; expected a finite number")
+        if self.slope == 0:
+            raise InputError("slope: 0 would make every voxel equal; expected the rescale slope, usually 1")
+
+
+#: Nothing overridden.
+AS_IN_FILE = ReadOptions()
+
+
+def expand_spacing(spacing: Sequence[float]) -> Spacing:
+    """(xy, z) or (x, y, z) to (x, y, z)."""
+    values = [float(v) for v in spacing]
+    if len(values) == 2:
+        return values[0], values[0], values[1]
+    if len(values) == 3:
+        return values[0], values[1], values[2]
+    raise InputError(f"spacing: {len(values)} numbers; expected three (x y z) or two (xy z), in mm")
+
+
+def require_spacing(where: str, spacing: Spacing, remedy: str) -> None:
+    """Raise InputError unless all three are finite and positive."""
+    if not all(math.isfinite(mm) and mm > 0 for mm in spacing):
+        raise InputError(f"{where} is {in_mm(spacing)}; expected positive numbers; {remedy}")
+
+
+def in_mm(spacing: Sequence[float]) -> str:
+    """For messages."""
+    return " x ".join(f"{mm:g}" for mm in spacing) + " mm"

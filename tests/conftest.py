@@ -1,0 +1,63 @@
+"""Fixtures that several tests share; the expensive ones are made once per session."""
+
+import shutil
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+
+from dcformer_deploy.benchmarks.demo_checkpoint import vocabulary
+from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
+from dcformer_deploy.runtime import Model, load
+
+#: Largest relative error against the golden numbers. 1e-6 is measured, 1e-4 is promised to users.
+GOLDEN_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = vocabulary()
+    words += [f"[unused{i}]" for i in range(512 - len(words))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return golden.NANO.save(tmp_path_factory.mktemp("checkpoint") / "nano.pth")
+
+
+@pytest.fixture(scope="session")
+def pristine_bundle(checkpoint: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "nano"
+    export_checkpoint(checkpoint, out, ExportOptions(tokenizer=tokenizer_folder))
+    return out
+
+
+@pytest.fixture
+def bundle_copy(pristine_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may damage."""
+    return Path(shutil.copytree(pristine_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def model(pristine_bundle: Path) -> Model:
+    return load(pristine_bundle)
+
+
+@pytest.fixture(scope="session")
+def ct() -> Path:
+    """The real CT that the package carries."""
+    return golden.REPOSITORY / "export" / "data" / "example_ct.nii.gz"
+
+
+@pytest.fixture(scope="session")
+def hounsfield() -> np.ndarray:
+    """A small volume [x, y, z] int16 that passes for a chest: air around and inside a body, noise throughout."""
+    random = np.random.default_rng(3)
+    x, y, z = np.meshgrid(np.linspace(-1, 1, 40), np.linspace(-1, 1, 36), np.linspace(-1, 1, 30), indexing="ij")
+    body = np.where(x**2 + y**2 < 0.8, 40, -1000) + np.where((abs(x) - 0.4) ** 2 + y**2 < 0.08, -800, 0)
+    body = body + 300 * (x > 0.5) + 200 * (y > 0.2) * (z > 0) + random.normal(0, 20, x.shape)
+    return np.clip(body, -1024, 3071).astype(np.int16)
