@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-import golden
 import numpy as np
 import pytest
 
+import golden
 from dcformer_deploy.benchmarks.demo_checkpoint import vocabulary
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
 from dcformer_deploy.runtime import Model, load

@@ -71,12 +71,14 @@ def _read_torch(path: Path, is_zip: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
     except Exception as error:  # hostile bytes make the unpickler raise almost anything; all of it means "refused"
-        if name := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error)):
+        if name := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
                 f"{path}: refused: loading it would call {name[1]}, and a checkpoint needs only tensors. "
                 "If you trust its origin, load it yourself and save the state dict alone"
             ) from error
-        raise InputError(f"{path}: damaged or not a PyTorch checkpoint ({_first_line(error)})") from error
+        # torch wraps the reason in a paragraph of advice, to load unsafely among others; the reason is the inner error.
+        inner = error.__context__ if isinstance(error.__context__, Exception) else error
+        raise InputError(f"{path}: damaged or not a PyTorch checkpoint ({_first_line(inner)})") from error
 
 
 def _refuse_compressed(path: Path) -> None:

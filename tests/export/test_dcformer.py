@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN_TOLERANCE
 from fvcore.nn import FlopCountAnalysis
-from golden import CASES, NANO, Case, inputs, relative_error
 
+from conftest import GOLDEN_TOLERANCE
 from dcformer_deploy.export.clip import Clip, ClipSpec, TextSpec
 from dcformer_deploy.export.complexity import count, table
 from dcformer_deploy.export.registry import all_encoders, get_encoder
 from dcformer_deploy.runtime import InputError
+from golden import CASES, NANO, Case, inputs, relative_error
 
 TEXT = TextSpec(vocab_size=512, hidden_size=768, layers=1, intermediate_size=128, max_positions=512, token_types=2)
 VARIANTS = {"nano", "naive", "tiny", "small", "base", "large"}
