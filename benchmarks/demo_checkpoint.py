@@ -15,10 +15,12 @@ import torch
 
 from ..export.clip import ClipSpec, TextSpec
 from ..export.registry import get_encoder
+from ..runtime.errors import InputError
 from ..runtime.files import atomic_folder
 from ..runtime.manifest import CT_RATE_CLASSES
 
 _SEED = 0
+CHECKPOINT_NAME = "checkpoint.pth"
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -39,19 +41,24 @@ def write_demo_checkpoint(folder: Path, encoder: str, input_size: int) -> None:
     model = ClipSpec(spec, "channel", input_size, 8192, text).build()
     arguments = argparse.Namespace(model=spec.checkpoint_name, reduction="channel", input_size=input_size,
                                    untrained=True)
-    torch.save({"model": model.state_dict(), "epoch": 0, "args": arguments}, folder / "checkpoint.pth")
+    torch.save({"model": model.state_dict(), "epoch": 0, "args": arguments}, folder / CHECKPOINT_NAME)
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
 
 
 @click.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--encoder", default="dcformer-nano", show_default=True)
-@click.option("--input-size", default=512, show_default=True, help="Volumes of (S/2, S, S).")
-def main(out: Path, encoder: str, input_size: int) -> None:
+@click.option("--encoder", type=click.Choice(["dcformer-nano", "dcformer-naive", "dcformer-tiny"]),
+              default="dcformer-nano", show_default=True)
+@click.option("--input-size", type=click.Choice(["128", "256", "512"]), default="512", show_default=True,
+              help="Volumes of (S/2, S, S).")
+def main(out: Path, encoder: str, input_size: str) -> None:
     """Write an untrained checkpoint and its tokenizer."""
-    with atomic_folder(out, overwrite=True) as folder:
-        write_demo_checkpoint(folder, encoder, input_size)
+    try:
+        with atomic_folder(out, replace_if_it_holds=CHECKPOINT_NAME) as folder:
+            write_demo_checkpoint(folder, encoder, int(input_size))
+    except InputError as error:
+        raise click.ClickException(str(error)) from error
     click.echo(f"{out}/checkpoint.pth: {encoder}, input size {input_size}, UNTRAINED")
 
 

@@ -6,11 +6,13 @@ inference at a time, so that whatever else the machine does meets all of them al
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -78,18 +80,20 @@ class _Worker:
         self._process = context.Process(target=_serve, args=(theirs, name, job, shape), daemon=True)
         self._process.start()
         theirs.close()
-        self.description, self.embedding, input_s = self._receive()
+        try:
+            self.description, self.embedding, input_s = self._receive()
+        except BaseException:
+            self.kill()
+            raise
         self.cold_start_ms = (time.perf_counter() - start - input_s) * 1e3
 
     def run(self) -> float:
         """Milliseconds of one inference, measured inside the worker."""
-        self._connection.send("run")
-        return self._receive()
+        return self._ask("run")
 
     def close(self) -> float:
         """Stop the worker; returns its peak resident memory in MB."""
-        self._connection.send("stop")
-        peak = self._receive()
+        peak = self._ask("stop")
         self._process.join()
         return peak
 
@@ -98,10 +102,16 @@ class _Worker:
         self._process.kill()
         self._process.join()
 
+    def _ask(self, order: str) -> Any:
+        # A dead process shows when it is spoken to or when it is listened to; both mean the same.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send(order)
+        return self._receive()
+
     def _receive(self) -> Any:
         try:
             kind, value = self._connection.recv()
-        except EOFError as error:
+        except (EOFError, ConnectionResetError) as error:
             self._process.join()
             raise DcformerError(f"benchmark of {self.name}: its process ended with exit code {self._process.exitcode} "
                                 "(a negative 9 means that it ran out of memory)") from error
@@ -112,6 +122,7 @@ class _Worker:
 
 def _serve(connection: Connection, name: str, job: Job, shape: tuple[int, int, int]) -> None:
     """Body of a worker process: load, run once, then obey."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
     try:
         start = time.perf_counter()
         volume = np.random.default_rng(_SEED).random((1, *shape), np.float32)
@@ -179,7 +190,7 @@ def measure(
         volume_dhw=shape,
         contenders=tuple(
             _summary(worker, latencies[worker.name], peaks[worker.name], latencies[first.name],
-                     first.embedding if job.checkpoint else None)
+                     first.embedding if job.checkpoint and worker is not first else None)
             for worker in workers
         ),
     )

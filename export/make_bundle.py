@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backends import Options, open_graph
+from ..runtime.backends.onnxruntime import import_onnxruntime, installed_distributions
 from ..runtime.bundle import record_file, write_manifest
 from ..runtime.errors import InputError
-from ..runtime.files import atomic_folder
+from ..runtime.files import atomic_folder, require_replaceable
 from ..runtime.manifest import (
     CT_RATE_CLASSES,
+    MANIFEST_NAME,
     SCHEMA_VERSION,
     Agreement,
     DetectorTask,
@@ -45,7 +47,7 @@ POSITIVE_PROMPT = "{} is present."
 NEGATIVE_PROMPT = "{} is not present."
 #: exp of the temperature parameter, which the published code creates as 1.0 in every forward pass and never trains.
 SIMILARITY_SCALE = math.e
-_TOOLS = ("dcformer-deploy", "torch", "onnx", "onnxscript", "onnxruntime", "transformers", "tokenizers", "numpy")
+_TOOLS = ("dcformer-deploy", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
 _RANDOM_SEED = 0
 
 
@@ -57,6 +59,7 @@ class ExportOptions:
     ``classes``: names for zero-shot prompts and detector outputs; None = CT-RATE's 18.
     ``input_size``, ``reduction``: only where the checkpoint does not tell.
     ``check_scan``: a NIfTI file for the comparison with PyTorch; None = the CT that this package carries.
+    ``license``: of the weights, for the manifest.
     """
 
     tokenizer: Path | None
@@ -64,6 +67,7 @@ class ExportOptions:
     input_size: int | None = None
     reduction: Reduction | None = None
     check_scan: Path | None = None
+    license: str | None = None
     overwrite: bool = False
 
 
@@ -84,8 +88,9 @@ def export_checkpoint(
         InputError: the checkpoint, the tokenizer or an option cannot be used.
         CheckFailed: the ONNX graphs do not compute what PyTorch computes; nothing is written.
     """
-    if out.exists() and not options.overwrite:
-        raise InputError(f"{out}: exists already; choose another name or pass --force to replace it")
+    replaceable = MANIFEST_NAME if options.overwrite else None
+    require_replaceable(out, replaceable)  # before minutes of work, not after
+    import_onnxruntime()
     on_stage("reading the checkpoint")
     checkpoint = read_checkpoint(checkpoint_path, options.input_size, options.reduction)
     classes = _class_names(checkpoint, options.classes)
@@ -93,7 +98,7 @@ def export_checkpoint(
     side = spec.input_size
     preprocessing = Preprocessing(shape_dhw=(side // 2, side, side))
     real = _read_check_scan(options.check_scan or example_ct(), preprocessing)
-    with atomic_folder(out, options.overwrite) as folder:
+    with atomic_folder(out, replaceable) as folder:
         tokenizer = None
         if options.tokenizer is not None:
             tokenizer = convert_tokenizer(options.tokenizer, spec.text, folder / TOKENIZER_FILE)
@@ -104,13 +109,13 @@ def export_checkpoint(
         on_stage("tracing the text tower")
         graphs.append(trace_text_tower(clip, spec, folder / TEXT_FILE))
         on_stage("comparing with PyTorch")
-        prompts = _prompt_ids(folder, tokenizer, classes) if tokenizer else None
+        zero_shot = _zero_shot_task(classes) if tokenizer else None
+        prompts = _prompt_ids(folder, tokenizer, zero_shot) if tokenizer and zero_shot else None
         agreement = _compare(model, clip, folder, real, prompts)
         require_agreement(agreement)
-        zero_shot = None
         if prompts is not None:
             on_stage("embedding the prompts")
-            zero_shot = _zero_shot_task(folder, prompts, classes)
+            _write_prompt_embeddings(folder, prompts, len(classes))
         on_stage("writing the manifest")
         files = sorted(path.name for path in folder.iterdir())
         manifest = Manifest(
@@ -121,7 +126,7 @@ def export_checkpoint(
             input_size=side,
             reduction=spec.reduction,
             embedding_dim=EMBEDDING_DIM,
-            source=Source(checkpoint.path.name, checkpoint.sha256, checkpoint.trained),
+            source=Source(checkpoint.path.name, checkpoint.sha256, checkpoint.trained, options.license),
             preprocessing=preprocessing,
             graphs=tuple(graphs),
             text=tokenizer,
@@ -129,7 +134,7 @@ def export_checkpoint(
             detector=DetectorTask(classes) if spec.class_count is not None else None,
             agreement=tuple(agreement),
             files=tuple(record_file(folder, name) for name in files),
-            tools={name: metadata.version(name) for name in _TOOLS},
+            tools={name: metadata.version(name) for name in (*_TOOLS, *installed_distributions())},
         )
         write_manifest(folder, manifest)
     return manifest
@@ -148,10 +153,17 @@ def _read_check_scan(path: Path, preprocessing: Preprocessing) -> NDArray[np.flo
     return preprocess(read_nifti(path, preprocessing.orientation, ReadOptions()), preprocessing)
 
 
+def _zero_shot_task(classes: tuple[str, ...]) -> ZeroShotTask:
+    return ZeroShotTask(
+        classes=classes, positive_prompt=POSITIVE_PROMPT, negative_prompt=NEGATIVE_PROMPT,
+        score="softmax_over_pair", similarity_scale=SIMILARITY_SCALE, prompt_embeddings=PROMPTS_FILE,
+    )
+
+
 def _prompt_ids(
-    folder: Path, tokenizer: Text, classes: Sequence[str]
+    folder: Path, tokenizer: Text, task: ZeroShotTask
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    texts = [prompt.replace("{}", name) for name in classes for prompt in (POSITIVE_PROMPT, NEGATIVE_PROMPT)]
+    texts = [text for name in task.classes for text in task.prompts(name)]
     return Tokenizer(folder / tokenizer.file, tokenizer).encode(texts)
 
 
@@ -171,15 +183,11 @@ def _compare(
     return [*check_image_tower(model, folder / IMAGE_FILE, volumes), *check_text_tower(clip, folder / TEXT_FILE, texts)]
 
 
-def _zero_shot_task(
-    folder: Path, prompts: tuple[NDArray[np.int64], NDArray[np.int64]], classes: tuple[str, ...]
-) -> ZeroShotTask:
+def _write_prompt_embeddings(
+    folder: Path, prompts: tuple[NDArray[np.int64], NDArray[np.int64]], class_count: int
+) -> None:
     """Embed the prompts once, with the graph that users would run, so that scoring needs no text tower."""
     ids, mask = prompts
     backend = open_graph(folder / TEXT_FILE, Options())
     (embeddings,) = backend.run({"input_ids": ids, "attention_mask": mask}, ["text_embedding"])
-    np.save(folder / PROMPTS_FILE, embeddings.reshape(len(classes), 2, -1).astype(np.float32))
-    return ZeroShotTask(
-        classes=classes, positive_prompt=POSITIVE_PROMPT, negative_prompt=NEGATIVE_PROMPT,
-        score="softmax_over_pair", similarity_scale=SIMILARITY_SCALE, prompt_embeddings=PROMPTS_FILE,
-    )
+    np.save(folder / PROMPTS_FILE, embeddings.reshape(class_count, 2, -1).astype(np.float32))

@@ -43,6 +43,10 @@ def convert_tokenizer(folder: Path, text: TextSpec, target: Path) -> Text:
             raise InputError(f"{folder}: no token {name}; expected a BERT WordPiece tokenizer")
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    ids = tokenizer.encode("lung").ids
+    if ids[:1] != [special["[CLS]"]] or ids[-1:] != [special["[SEP]"]]:
+        raise InputError(f"{folder}: it encodes 'lung' as {ids}, without [CLS] first and [SEP] last, where the text "
+                         "encoder expects them; use the folder with vocab.txt")
     tokenizer.save(str(target))
     return Text(file=target.name, max_tokens=min(MAX_TOKENS, text.max_positions),
                 pad_token_id=int(special["[PAD]"] or 0))

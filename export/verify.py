@@ -14,8 +14,9 @@ from ..runtime.errors import CheckFailed
 from ..runtime.manifest import Agreement
 from .clip import Clip, Detector
 
-#: fp32 graphs differ from PyTorch by summation order only; 1e-6 is typical (docs/bundle.md), so this is a wide margin.
+#: fp32 graphs differ from PyTorch by summation order only. `make demo` shows 1e-6, so this is a wide margin.
 TOLERANCE = 1e-4
+LARGEST_TIED_SHARE = 0.01
 #: Two codes whose cosine similarities differ by less than this are a tie that rounding may decide either way.
 NEAR_TIE = 1e-5
 
@@ -74,7 +75,7 @@ def _compare_codes(clip: Clip, feature_map: torch.Tensor, expected: torch.Tensor
         tokens = feature_map.permute(0, 4, 2, 3, 1).flatten(1, 3)
         similarity = clip.visual_transformer.vq.codebook.similarities(tokens)
         gap = (similarity.gather(2, expected[..., None]) - similarity.gather(2, found[..., None]))[..., 0][differs]
-        if gap.max() > NEAR_TIE:
+        if not gap.max() <= NEAR_TIE or differs.sum() > max(1, LARGEST_TIED_SHARE * differs.numel()):
             raise CheckFailed(f"{where}: {int(differs.sum())} of {differs.numel()} VQ codes differ from PyTorch, by up "
                               f"to {gap.max():.2g} in similarity where {NEAR_TIE:g} would be rounding")
     return float(1 - differs.double().mean())
@@ -99,8 +100,9 @@ def require_agreement(agreements: Iterable[Agreement]) -> None:
     agreements = list(agreements)
     if not agreements:
         raise CheckFailed("nothing was compared with PyTorch")
-    for item in agreements:
-        if not item.max_relative_error <= item.tolerance:
-            raise CheckFailed(f"{item.graph}: {item.output} on {item.input} input differs from PyTorch by "
-                              f"{item.max_relative_error:.2e} (relative), tolerance {item.tolerance:.0e}; nothing was "
-                              "written")
+    failed = [item for item in agreements if not item.max_relative_error <= item.tolerance]
+    if failed:
+        each = (f"{item.output} on {item.input} input by {item.max_relative_error:.2e} (cosine {item.cosine:.6f})"
+                for item in failed)
+        raise CheckFailed(f"{failed[0].graph}: differs from PyTorch: {', '.join(each)}; the tolerance is "
+                          f"{failed[0].tolerance:.0e} relative; nothing was written")

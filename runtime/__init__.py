@@ -1,8 +1,25 @@
-"""Run an exported bundle: NIfTI in, embeddings and zero-shot scores out. Never imports torch, onnx or transformers."""
+"""Run an exported bundle: NIfTI in, embeddings and zero-shot scores out. Never imports torch, onnx or transformers.
 
-from .errors import BundleError, CheckFailed, DcformerError, DeviceUnavailable, InputError, MissingDependency
-from .manifest import Manifest
-from .model import Classification, Model, ZeroShot, load
+Names are loaded when first used, so that ``dcformer --help`` does not wait for numpy and nibabel.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        BundleError,
+        CheckFailed,
+        DcformerError,
+        DeviceUnavailable,
+        InferenceError,
+        InputError,
+        MissingDependency,
+    )
+    from .manifest import Manifest
+    from .model import Classification, Model, Scores, ZeroShot, load
 
 __all__ = [
     "BundleError",
@@ -10,10 +27,22 @@ __all__ = [
     "Classification",
     "DcformerError",
     "DeviceUnavailable",
+    "InferenceError",
     "InputError",
     "Manifest",
     "MissingDependency",
     "Model",
+    "Scores",
     "ZeroShot",
     "load",
 ]
+_MODULES = ("errors", "manifest", "model")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in _MODULES:
+            loaded = importlib.import_module(f".{module}", __name__)
+            if name in vars(loaded):
+                return vars(loaded)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

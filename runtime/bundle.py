@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,27 @@ _LARGEST_MANIFEST_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest."""
+    """An opened bundle: its folder and its manifest; ``seen`` identifies each file as it was when checked."""
 
     folder: Path
     manifest: Manifest
+    seen: Mapping[str, tuple[int, ...]]
 
     def path(self, name: str) -> Path:
-        """Path of a file that the manifest lists."""
-        return self.folder / name
+        """Path of a file that the manifest lists.
+
+        Raises:
+            BundleError: the file is no longer the one that was checked, for example because someone exported anew.
+        """
+        path = self.folder / name
+        if not path.exists() or _identity(path) != self.seen[name]:
+            raise BundleError(f"{path}: changed since the bundle was opened; load it again")
+        return path
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_bundle(folder: str | Path, verify: bool = True) -> Bundle:
@@ -50,9 +64,13 @@ def open_bundle(folder: str | Path, verify: bool = True) -> Bundle:
         raise BundleError(f"{manifest_path}: not UTF-8 text; the file is damaged") from error
     except BundleError as error:
         raise BundleError(f"{manifest_path}: {error}") from error
+    seen = {}
     for record in manifest.files:
+        path = folder / record.path
+        before = _identity(path) if path.exists() else ()
         _check_file(folder, record, verify)
-    return Bundle(folder, manifest)
+        seen[record.path] = before
+    return Bundle(folder, manifest, seen)
 
 
 def _check_file(folder: Path, record: FileRecord, verify: bool) -> None:

@@ -35,6 +35,12 @@ class DeviceUnavailable(DcformerError):
     exit_code = 3
 
 
+class InferenceError(DcformerError):
+    """The inference library failed on input that looked right, most often for want of memory."""
+
+    exit_code = 3
+
+
 class MissingDependency(DcformerError):
     """An optional package is needed and absent; the message holds the command that installs it."""
 
@@ -43,6 +49,16 @@ class MissingDependency(DcformerError):
 
 class DcformerWarning(UserWarning):
     """Base class of every warning that is meant for users; the command line prints these as one line each."""
+
+
+def install(extra: str) -> str:
+    """How to install an extra: from a clone, as this project's name is not registered on any package index."""
+    return f"in your clone of dcformer-deploy, run: pip install -c constraints.txt '.[{extra}]'"
+
+
+def one_line(text: str) -> str:
+    """White space collapsed, and characters that would steer a terminal shown as what they are."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""File helpers: hashing, and writing so that a reader sees the old file, the new file, or none."""
+"""File helpers: hashing, and writing so that a reader sees the old content or the new, never a mixture."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ def sha256_file(path: Path) -> str:
 
 
 def require_file(path: Path, what: str) -> None:
-    """Raise InputError unless ``path`` is a readable regular file."""
-    if not path.exists():
-        raise InputError(f"{path}: no such {what}")
+    """Raise InputError unless ``path`` is a readable regular file; ``what`` it should be goes into the message."""
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such {what}") from error
+    except (OSError, ValueError) as error:  # too long a name, a folder that may not be entered, a null character
+        raise InputError(f"{path}: cannot be read as a {what} ({getattr(error, 'strerror', None) or error})") from error
     if not path.is_file():
         raise InputError(f"{path}: expected a {what}, found a {'folder' if path.is_dir() else 'special file'}")
     if not os.access(path, os.R_OK):
@@ -36,46 +40,72 @@ def require_file(path: Path, what: str) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes the final name only if the block succeeds.
+    """Yield a temporary path on the same disk; it takes the final name only if the block succeeds.
 
     Raises:
-        InputError: the folder does not exist or cannot be written.
+        InputError: ``path`` is a folder, or its parent cannot be written.
     """
     if path.is_dir():
         raise InputError(f"{path}: expected a file name, found a folder")
-    temporary = _temporary_folder(path)
-    try:
+    with _temporary_folder(path) as temporary:
         yield temporary / path.name
         (temporary / path.name).replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; it takes the final name only if the block succeeds.
+def atomic_folder(path: Path, replace_if_it_holds: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder on the same disk; it takes the final name only if the block succeeds.
+
+    Args:
+        replace_if_it_holds: an existing folder is replaced only if a file of this name shows that it is of the same
+            kind; None replaces nothing. If the exchange fails half-way, the old folder gets its name back.
 
     Raises:
-        InputError: ``path`` exists and ``overwrite`` is false, or its parent cannot be written.
+        InputError: ``path`` exists and may not be replaced, or its parent cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; choose another name or pass --force to replace it")
-    temporary = _temporary_folder(path)
-    try:
-        content = temporary / "new"
+    require_replaceable(path, replace_if_it_holds)
+    with _temporary_folder(path) as temporary:
+        content, old = temporary / "new", temporary / "old"
         content.mkdir()
         yield content
+        require_replaceable(path, replace_if_it_holds)  # someone may have made it meanwhile
         if path.exists():
-            path.replace(temporary / "old")
-        content.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            path.replace(old)
+        try:
+            content.replace(path)
+        except BaseException:
+            if old.exists():
+                old.replace(path)
+            raise
 
 
-def _temporary_folder(path: Path) -> Path:
-    """A private folder on the same file system as ``path``, so that renaming out of it is atomic."""
+def require_replaceable(path: Path, replace_if_it_holds: str | None) -> None:
+    """Raise InputError if ``path`` exists, unless it is a folder that holds the named file."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    if replace_if_it_holds is None:
+        raise InputError(f"{path}: exists already; choose another name or pass --force to replace it")
+    if path.is_symlink() or not (path / replace_if_it_holds).is_file():
+        raise InputError(f"{path}: exists and is not what this would replace (no {replace_if_it_holds} in it); choose "
+                         "another name")
+
+
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A private folder beside ``path``, on the same file system, so that renaming out of it is atomic.
+
+    Parents of ``path`` are made; those still empty at the end, because the block failed, are removed again.
+    """
+    missing = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise InputError(f"{path}: cannot write here ({error.strerror}); choose another --out") from error
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):  # not empty: the block succeeded, or someone else uses it
+                parent.rmdir()

@@ -145,11 +145,15 @@ class DetectorTask:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from. ``trained`` is false for weights that are known to be random."""
+    """Where the weights came from. ``trained`` is false for weights that are known to be random.
+
+    ``license``: of the weights, as the exporting user stated it; None if nothing was stated.
+    """
 
     file: str
     sha256: str
     trained: bool
+    license: str | None
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,24 @@ class Manifest:
         named += [self.zero_shot.prompt_embeddings] if self.zero_shot else []
         for name in named:
             _require(name in listed, "files", name, "every named file listed with its sha256")
+        side = self.input_size
+        _require(self.preprocessing.shape_dhw == (side // 2, side, side), "input_size", side,
+                 f"the size of {self.preprocessing.shape_dhw} (D, H, W)")
+        image = self.graph("image")
+        if image is None:
+            raise BundleError("graphs holds no image tower")
+        axes = image.inputs[0].axes if image.inputs else ()
+        _require(axes[-3:] == self.preprocessing.shape_dhw, "preprocessing.shape_dhw", self.preprocessing.shape_dhw,
+                 f"the sides that the image tower reads, {axes[-3:]}")
+        if self.detector is not None:
+            widths = [output.axes[-1] for output in image.outputs if output.name == "class_scores"]
+            _require(widths == [len(self.detector.classes)], "detector.classes", len(self.detector.classes),
+                     f"as many as the image tower's class_scores, {widths}")
+
+    @property
+    def digest(self) -> str:
+        """What ``manifest.json`` calls ``manifest_sha256``: identifies the bundle in results."""
+        return _digest(dataclasses.asdict(self))
 
     def graph(self, role: str, precision: str = "fp32") -> Graph | None:
         """The graph of that role and precision, or None."""
@@ -235,13 +257,17 @@ class Manifest:
             content = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"not valid JSON ({error}); the file is truncated or damaged") from error
-        if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+        if not isinstance(content, dict) or type(content.get("schema_version")) is not int:
             raise BundleError("no schema_version; this is not the manifest of a bundle")
         if (version := content["schema_version"]) != SCHEMA_VERSION:
             advice = "upgrade dcformer-deploy" if version > SCHEMA_VERSION else "export the checkpoint again"
             raise BundleError(f"schema_version is {version}, this program reads {SCHEMA_VERSION}; {advice}")
         digest = content.pop(DIGEST_FIELD, None)
-        if digest != _digest(content):
+        try:
+            expected = _digest(content)
+        except ValueError as error:  # a number like 1e999, which JSON allows and no float holds
+            raise BundleError(f"a number in it is out of range ({error})") from error
+        if digest != expected:
             raise BundleError(f"{DIGEST_FIELD} does not match the content: the manifest was edited or damaged; "
                               "export the bundle again")
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .backends import Backend, Options, open_graph
 from .bundle import Bundle, open_bundle
 from .errors import BundleError, InputError
-from .manifest import Manifest, ZeroShotTask
+from .manifest import Graph, Manifest, ZeroShotTask
 from .text import Tokenizer
 from .volume import ReadOptions, preprocess, read_nifti
 
@@ -27,11 +27,11 @@ Scan = str | Path | NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class ZeroShot:
-    """Zero-shot result of one scan: probability per class, milliseconds per phase.
+class Scores:
+    """Result of one scan: probability per class, milliseconds per phase.
 
     Phases: ``read`` the file, ``preprocess``, ``load`` the graph (once per model), ``image`` tower, ``prompts``
-    (once per list of classes), ``score``, and their ``total``. An array skips the first two.
+    (once per list of classes), ``score``, and ``total``. An array skips the first two, a detector the last but one two.
     """
 
     volume: str
@@ -44,8 +44,13 @@ class ZeroShot:
 
 
 @dataclass(frozen=True)
-class Classification(ZeroShot):
-    """The fine-tuned detector's result of one scan, in the same form."""
+class ZeroShot(Scores):
+    """Scores by prompts."""
+
+
+@dataclass(frozen=True)
+class Classification(Scores):
+    """Scores of the fine-tuned detector."""
 
 
 def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True) -> Model:
@@ -107,14 +112,22 @@ class Model:
         return preprocess(read_nifti(path, spec.orientation, options), spec)
 
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
-        """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array."""
+        """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array.
+
+        Raises:
+            InputError: a file that cannot be used, or an array that is not a preprocessed volume of the right shape.
+            InferenceError: the inference library failed.
+        """
         return self._embed_volume(self._volume(scan, read_options, {}))
 
-    def embed_images(self, scans: Sequence[Scan], **read_options: Any) -> NDArray[np.float32]:
-        """Image embeddings ``[n, 512]``, one scan at a time in memory."""
-        if isinstance(scans, str | Path) or not len(scans):
-            raise InputError("scans: expected a list of at least one scan")
-        return np.stack([self.embed_image(scan, **read_options) for scan in scans])
+    def embed_images(self, scans: Iterable[Scan], **read_options: Any) -> NDArray[np.float32]:
+        """Image embeddings ``[n, 512]``, one scan at a time in memory. Raises like ``embed_image``."""
+        if isinstance(scans, str | Path):
+            raise InputError("scans: one path; expected a list of scans, or use embed_image")
+        embeddings = [self.embed_image(scan, **read_options) for scan in scans]
+        if not embeddings:
+            raise InputError("scans: an empty list; expected at least one scan")
+        return np.stack(embeddings)
 
     def image_outputs(
         self, volumes: NDArray[np.float32], outputs: Sequence[str] | None = None
@@ -123,10 +136,16 @@ class Model:
 
         ``image_embedding`` [B, 512], ``codes`` [B, tokens] int64, ``feature_map`` [B, C, H', W', D'], and for a
         fine-tuned detector ``class_scores`` [B, classes].
+
+        Raises:
+            InputError: another shape, values outside the window, NaN.
         """
         volumes = np.asarray(volumes)
         self._require_preprocessed(volumes)
-        names = list(outputs) if outputs is not None else [info.name for info in self._info("image").outputs]
+        known = [info.name for info in self._info("image").outputs]
+        names = list(outputs) if outputs is not None else known
+        if isinstance(outputs, str) or not names or not set(names) <= set(known):
+            raise InputError(f"outputs: {outputs!r}; expected a list of some of {', '.join(known)}")
         return dict(zip(names, self._run_image(volumes, names), strict=True))
 
     def _require_preprocessed(self, volumes: NDArray[Any]) -> None:
@@ -151,20 +170,30 @@ class Model:
 
     # ------------------------------------------------------------------ texts
 
-    def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Text embeddings ``[n, 512]``. A text over the token limit is truncated with a TruncationWarning."""
-        if isinstance(texts, str):
-            texts = [texts]
-        ids, mask = self._tokenizer.encode(texts)
+    def embed_text(self, texts: Iterable[str] | str) -> NDArray[np.float32]:
+        """Text embeddings ``[n, 512]``. A text over the token limit is truncated with a TruncationWarning.
+
+        Raises:
+            InputError: no text, or something that is no text.
+            BundleError: the bundle has no tokenizer.
+        """
+        ids, mask = self._tokenizer.encode([texts] if isinstance(texts, str) else list(texts))
         return self.embed_tokens(ids, mask)
 
     def embed_tokens(self, ids: NDArray[np.integer], mask: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Text embeddings ``[n, 512]`` of token ids ``[n, length]`` with their attention mask (1 = token)."""
+        """Text embeddings ``[n, 512]`` of token ids ``[n, length]`` with their attention mask (1 = token).
+
+        Raises:
+            InputError: shapes that differ, no integers, negative ids.
+            InferenceError: ids or lengths that the text tower does not have.
+        """
         ids, mask = np.asarray(ids), np.asarray(mask)
         if ids.ndim != 2 or ids.shape != mask.shape or not ids.size:
             raise InputError(f"token ids {list(ids.shape)} and mask {list(mask.shape)}: expected two equal [n, length]")
-        if ids.dtype.kind not in "iu" or mask.dtype.kind not in "iub":
-            raise InputError(f"token ids are {ids.dtype}, mask {mask.dtype}; expected integers")
+        if ids.dtype.kind not in "iu" or mask.dtype.kind not in "iub" or ids.min() < 0:
+            raise InputError(f"token ids are {ids.dtype} from {ids.min()}, mask {mask.dtype}; expected integers from 0")
+        if mask.min() < 0 or mask.max() > 1:
+            raise InputError(f"attention mask holds {mask.min()} to {mask.max()}; expected 1 for tokens, 0 for padding")
         feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
         return self._graph("text").run(feeds, ["text_embedding"])[0]
 
@@ -179,7 +208,7 @@ class Model:
             read_options: as in ``preprocess``.
         """
         task = self._zero_shot_task()
-        names = tuple(classes) if classes is not None else task.classes
+        names = _class_names(classes) if classes is not None else task.classes
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
             volume = self._volume(scan, read_options, timings)
@@ -220,6 +249,8 @@ class Model:
                 raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
             self._require_preprocessed(scan[None])
             return scan
+        if not isinstance(scan, str | Path):
+            raise InputError(f"scan: {type(scan).__name__}; expected a path or a preprocessed array")
         spec = self.manifest.preprocessing
         with _timed(timings, "read"):
             volume = read_nifti(scan, spec.orientation, ReadOptions(**read_options))
@@ -229,7 +260,7 @@ class Model:
     def _embed_volume(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._run_image(volume[None], ["image_embedding"])[0][0]
 
-    def _info(self, role: str) -> Any:
+    def _info(self, role: str) -> Graph:
         graph = self.manifest.graph(role)
         if graph is None:
             raise BundleError(f"{self._bundle.folder}: this bundle has no {role} tower; it was exported without one")
@@ -259,13 +290,31 @@ class Model:
         """``[classes, 2, 512]``, positive prompt first; from the bundle for its own classes, else computed once."""
         if classes not in self._prompts:
             if classes == task.classes:
-                self._prompts[classes] = np.load(self._bundle.path(task.prompt_embeddings), allow_pickle=False)
+                self._prompts[classes] = self._stored_prompts(task)
             else:
-                if not classes or len(set(classes)) != len(classes):
-                    raise InputError("classes: expected at least one name, each only once")
                 texts = [text for name in classes for text in task.prompts(name)]
                 self._prompts[classes] = self.embed_text(texts).reshape(len(classes), 2, -1)
         return self._prompts[classes]
+
+    def _stored_prompts(self, task: ZeroShotTask) -> NDArray[np.float32]:
+        path = self._bundle.path(task.prompt_embeddings)
+        try:
+            stored = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise BundleError(f"{path}: not a usable array ({error}); export the bundle again") from error
+        expected = (len(task.classes), 2, self.manifest.embedding_dim)
+        if stored.shape != expected or stored.dtype != np.float32:
+            raise BundleError(f"{path}: {stored.dtype} {list(stored.shape)}; expected float32 {list(expected)}")
+        return stored
+
+
+def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(classes) if isinstance(classes, Iterable) else ()
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"classes: {classes!r}; expected a list of names")
+    if not names or len(set(names)) != len(names):
+        raise InputError("classes: expected at least one name, each only once")
+    return tuple(str(name) for name in names)
 
 
 def _softmax_over_pair(similarity: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -27,6 +27,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for every kind of damage
             raise BundleError(f"{path}: not a usable tokenizer.json ({error})") from error
         self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
         self._spec = spec
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -42,20 +43,19 @@ class Tokenizer:
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"texts[{index}] is {type(text).__name__}; expected str")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"texts[{index}] is not valid Unicode (bytes in another encoding than UTF-8?)")
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         limit = self._spec.max_tokens
-        self._tokenizer.no_truncation()
-        encodings = self._tokenizer.encode_batch(list(texts))
-        too_long = {i: len(e.ids) for i, e in enumerate(encodings) if len(e.ids) > limit}
-        if too_long:
-            for index, count in too_long.items():
-                warnings.warn(f"text {index + 1} has {count} tokens; only the first {limit} are read "
-                              f"({count - limit} dropped)", TruncationWarning, stacklevel=3)
-            self._tokenizer.enable_truncation(limit)
-            encodings = self._tokenizer.encode_batch(list(texts))
-        length = max(len(encoding.ids) for encoding in encodings)
-        ids = np.full((len(texts), length), self._spec.pad_token_id, np.int64)
+        for index, row in enumerate(rows):
+            if len(row) > limit:
+                warnings.warn(f"text {index + 1} has {len(row)} tokens; only the first {limit} are read "
+                              f"({len(row) - limit} dropped)", TruncationWarning, stacklevel=3)
+                # Cut here, not by the tokenizer: its truncation is a setting that all threads would share.
+                rows[index] = [*row[: limit - 1], row[-1]]
+        ids = np.full((len(rows), max(map(len, rows))), self._spec.pad_token_id, np.int64)
         mask = np.zeros_like(ids)
-        for row, encoding in enumerate(encodings):
-            ids[row, : len(encoding.ids)] = encoding.ids
-            mask[row, : len(encoding.ids)] = 1
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+            mask[index, : len(row)] = 1
         return ids, mask

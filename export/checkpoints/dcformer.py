@@ -34,6 +34,7 @@ _IGNORED = ("text_transformer.embeddings.position_ids", "text_transformer.embedd
 #: Volumes are (S/2, S, S) and every side is a multiple of 64.
 _SIZE_STEP = 128
 _LARGEST_SIZE = 2048
+_LARGEST_SIDE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -69,44 +70,80 @@ def read_checkpoint(path: Path, input_size: int | None = None, reduction: Reduct
     """
     tensors, arguments = read_tensors(path)
     tensors = {key: value for key, value in tensors.items() if key.removeprefix(_DETECTOR) not in _IGNORED}
-    tensors = _with_both_norm_names(path, tensors)
+    tensors = _with_both_norm_names(tensors)
     is_detector = any(key.startswith(_DETECTOR) for key in tensors)
     shapes = {key.removeprefix(_DETECTOR): tuple(value.shape) for key, value in tensors.items()}
 
-    for key in (_CODEBOOK, _PROJECTION, f"{_TEXT}embeddings.word_embeddings.weight", *[_CLASSIFIER] * is_detector):
-        if key not in shapes:
-            raise InputError(f"{path}: not a DCFormer checkpoint: no tensor {key!r} among its {len(shapes)} "
-                             f"(the first is {next(iter(tensors))!r})")
+    _require_known_parts(path, shapes, is_detector)
     encoder = _find_encoder(path, shapes, getattr(arguments, "model", None))
     reduction, input_size = _find_reduction(path, encoder, shapes[_PROJECTION], arguments, input_size, reduction)
     spec = ClipSpec(
         encoder=encoder,
         reduction=reduction,
         input_size=input_size,
-        codebook_size=shapes[_CODEBOOK][1] if len(shapes[_CODEBOOK]) == 3 else 0,
+        codebook_size=shapes[_CODEBOOK][1],
         text=_find_text(path, shapes),
         class_count=shapes[_CLASSIFIER][0] if is_detector else None,
     )
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in spec.build().state_dict().items()}
-    _require_same_keys(path, expected, {key: tuple(value.shape) for key, value in tensors.items()}, spec.encoder.name)
+    _require_fit(path, spec, tensors)
     _require_finite(path, tensors)
+    _require_equal_twins(path, tensors)
     trained = not getattr(arguments, "untrained", False)
     return Checkpoint(path, sha256_file(path), spec, trained, tensors)
 
 
-def _with_both_norm_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _require_known_parts(path: Path, shapes: Mapping[str, tuple[int, ...]], is_detector: bool) -> None:
+    """The tensors that sizes are read from must be there and have the right number of dimensions."""
+    needed = {_CODEBOOK: 3, _PROJECTION: 2, f"{_TEXT}embeddings.word_embeddings.weight": 2,
+              f"{_TEXT}embeddings.position_embeddings.weight": 2, f"{_TEXT}embeddings.token_type_embeddings.weight": 2,
+              f"{_TEXT}encoder.layer.0.intermediate.dense.weight": 2, **({_CLASSIFIER: 2} if is_detector else {})}
+    for key, dimensions in needed.items():
+        if key not in shapes:
+            raise InputError(f"{path}: not a DCFormer checkpoint: no tensor {key!r} among its {len(shapes)} "
+                             f"(the first is {next(iter(shapes))!r})")
+        if len(shapes[key]) != dimensions or 0 in shapes[key]:
+            raise InputError(f"{path}: {key} has shape {list(shapes[key])}; expected {dimensions} dimensions, "
+                             "none of them empty")
+        if max(shapes[key]) > _LARGEST_SIDE:
+            raise InputError(f"{path}: {key} has shape {list(shapes[key])}; no axis of a model is longer than "
+                             f"{_LARGEST_SIDE:,}")
+
+
+def _require_fit(path: Path, spec: ClipSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Keys, shapes and kinds of number must be those of the model."""
+    with torch.device("meta"):
+        expected = spec.build().state_dict()
+    _require_same_keys(path, {key: tuple(value.shape) for key, value in expected.items()},
+                       {key: tuple(value.shape) for key, value in tensors.items()}, spec.encoder.name)
+    for key, value in expected.items():
+        if value.is_floating_point() != tensors[key].is_floating_point():
+            raise InputError(f"{path}: {key} is {tensors[key].dtype}; expected "
+                             f"{'floating point' if value.is_floating_point() else 'integers'} (quantized weights have "
+                             "lost their scale)")
+
+
+def _with_both_norm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every BatchNorm is saved as ``c1.1`` and ``norm.0``; safetensors drops one name of tensors that share memory."""
     complete = dict(tensors)
     for key, value in tensors.items():
-        if match := re.fullmatch(r"(.*)\.(c[123]\.1|norm\.[012])\.(\w+)", key):
-            stem, slot, leaf = match.groups()
-            twin_slot = f"norm.{int(slot[1]) - 1}" if slot.startswith("c") else f"c{int(slot[-1]) + 1}.1"
-            twin = complete.setdefault(f"{stem}.{twin_slot}.{leaf}", value)
-            if twin.shape == value.shape and not torch.equal(twin, value):
-                raise InputError(f"{path}: {key} and {stem}.{twin_slot}.{leaf} must be the same tensor but differ; "
-                                 "the file was edited or merged from two trainings")
+        if twin := _twin_name(key):
+            complete.setdefault(twin, value)
     return complete
+
+
+def _twin_name(key: str) -> str | None:
+    match = re.fullmatch(r"(.*)\.(c[123]\.1|norm\.[012])\.(\w+)", key)
+    if match is None:
+        return None
+    stem, slot, leaf = match.groups()
+    return f"{stem}.{f'norm.{int(slot[1]) - 1}' if slot.startswith('c') else f'c{int(slot[-1]) + 1}.1'}.{leaf}"
+
+
+def _require_equal_twins(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for key, value in tensors.items():
+        if (twin := _twin_name(key)) and not torch.equal(tensors[twin].double(), value.double()):
+            raise InputError(f"{path}: {key} and {twin} must be the same tensor but differ; the file was edited or "
+                             "merged from two trainings")
 
 
 def _find_encoder(path: Path, shapes: Mapping[str, tuple[int, ...]], name_in_args: str | None) -> EncoderSpec:
@@ -123,7 +160,7 @@ def _find_encoder(path: Path, shapes: Mapping[str, tuple[int, ...]], name_in_arg
     best = max(specs, key=lambda name: len(found.items() & expected[name].items()) / len(expected[name] | found))
     if name_in_args is not None:
         known = {spec.checkpoint_name: name for name, spec in specs.items()}
-        if name_in_args not in known:
+        if not isinstance(name_in_args, str) or name_in_args not in known:
             raise InputError(f"{path}: args.model is {name_in_args!r}, not one of {', '.join(sorted(map(str, known)))}"
                              f"{suggestion(str(name_in_args), map(str, known))}")
         if known[name_in_args] != best and found == expected[best]:
@@ -146,10 +183,10 @@ def _find_reduction(
         if name_in_args not in REDUCTIONS:
             raise InputError(f"{path}: args.reduction is {name_in_args!r}; expected one of {', '.join(REDUCTIONS)}")
         chosen = _agreed(path, "reduction", name_in_args, reduction, "--reduction")
+    if size is not None and (not isinstance(size, int) or size <= 0 or size % _SIZE_STEP or size > _LARGEST_SIZE):
+        raise InputError(f"{path}: input size {size!r}: expected a positive multiple of {_SIZE_STEP} up to "
+                         f"{_LARGEST_SIZE} (the volume is (S/2, S, S), every side a multiple of 64)")
     sizes = [size] if size is not None else list(range(_SIZE_STEP, _LARGEST_SIZE + 1, _SIZE_STEP))
-    if size is not None and (not isinstance(size, int) or size <= 0 or size % _SIZE_STEP):
-        raise InputError(f"{path}: input size {size!r}: expected a positive multiple of {_SIZE_STEP} (the volume is "
-                         "(S/2, S, S), every side a multiple of 64)")
     fits: list[tuple[Reduction, int]] = [
         (kind, candidate)
         for kind in REDUCTIONS
@@ -178,13 +215,7 @@ def _agreed(path: Path, what: str, in_file: Any, given: Any, option: str) -> Any
 
 def _find_text(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> TextSpec:
     """BERT sizes from tensor shapes."""
-    def shape(name: str) -> tuple[int, ...]:
-        if len(found := shapes.get(_TEXT + name, ())) != 2:
-            raise InputError(f"{path}: {_TEXT}{name}: expected a matrix, found "
-                             f"{f'shape {list(found)}' if found else 'nothing'}")
-        return found
-
-    vocab_size, hidden_size = shape("embeddings.word_embeddings.weight")
+    vocab_size, hidden_size = shapes[f"{_TEXT}embeddings.word_embeddings.weight"]
     if hidden_size % 64:
         raise InputError(f"{path}: text hidden size is {hidden_size}; expected a multiple of 64 (one head per 64)")
     layers = {match[1] for key in shapes if (match := re.match(rf"{re.escape(_TEXT)}encoder\.layer\.(\d+)\.", key))}
@@ -192,9 +223,9 @@ def _find_text(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> TextSpec:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         layers=len(layers),
-        intermediate_size=shape("encoder.layer.0.intermediate.dense.weight")[0],
-        max_positions=shape("embeddings.position_embeddings.weight")[0],
-        token_types=shape("embeddings.token_type_embeddings.weight")[0],
+        intermediate_size=shapes[f"{_TEXT}encoder.layer.0.intermediate.dense.weight"][0],
+        max_positions=shapes[f"{_TEXT}embeddings.position_embeddings.weight"][0],
+        token_types=shapes[f"{_TEXT}embeddings.token_type_embeddings.weight"][0],
     )
 
 
@@ -212,7 +243,7 @@ def _require_same_keys(path: Path, expected: Mapping[str, tuple[int, ...]], foun
         raise InputError(f"{path}: tensors do not fit {name}: {'; '.join(problems)}")
 
 
-def _some(items: Iterable[str], limit: int = 5) -> str:
+def _some(items: Iterable[str], limit: int = 10) -> str:
     items = list(items)
     return ", ".join(items[:limit]) + (f", and {len(items) - limit} more" if len(items) > limit else "")
 

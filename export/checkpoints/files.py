@@ -18,6 +18,7 @@ from ...runtime.files import require_file
 
 #: Keys under which training scripts store the state dict beside optimizer and arguments.
 _STATE_DICT_KEYS = ("model", "state_dict")
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace | None]:
@@ -44,6 +45,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace | No
     arguments = None
     if isinstance(content, dict):
         found = content.get("args")
+        if isinstance(found, dict) and all(isinstance(key, str) for key in found):
+            found = argparse.Namespace(**found)
         arguments = found if isinstance(found, argparse.Namespace) else None
         nested = [content[key] for key in _STATE_DICT_KEYS if isinstance(content.get(key), dict)]
         content = nested[0] if nested else content
@@ -51,9 +54,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace | No
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise InputError(f"{path}: holds no state dict; expected tensors by name, or such a dict under 'model'")
+    for key, value in content.items():
+        _require_plain(path, key, value)
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
     return content, arguments
+
+
+def _require_plain(path: Path, key: str, value: Tensor) -> None:
+    """A dense tensor of a common type whose elements are all really in the file."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        kind = f"{value.layout} tensor on {value.device}" + ", quantized" * value.is_quantized
+        raise InputError(f"{path}: {key} is a {kind}; expected a plain one")
+    if value.dtype not in _TYPES:
+        raise InputError(f"{path}: {key} is {value.dtype}; expected 16, 32 or 64 bit numbers")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise InputError(f"{path}: {key} claims shape {list(value.shape)} but the file holds fewer numbers")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -65,11 +81,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, is_zip: bool) -> Any:
     if is_zip:
-        _refuse_compressed(path)
+        _check_archive(path)
     try:
         # The published training script saves its argparse.Namespace; it holds data only, so it alone is let through.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
+    except MemoryError:
+        raise
     except Exception as error:  # hostile bytes make the unpickler raise almost anything; all of it means "refused"
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
@@ -81,13 +99,17 @@ def _read_torch(path: Path, is_zip: bool) -> Any:
         raise InputError(f"{path}: damaged or not a PyTorch checkpoint ({_first_line(inner)})") from error
 
 
-def _refuse_compressed(path: Path) -> None:
-    """torch.save stores its records uncompressed; a compressed one can only be there to expand without limit."""
+def _check_archive(path: Path) -> None:
+    """torch.save stores its records uncompressed: a compressed one can only be there to expand without limit."""
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            # torch itself does not compare the checksums.
+            damaged = None if compressed else archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"{path}: damaged or truncated checkpoint ({_first_line(error)}); copy it again") from error
+    if damaged:
+        raise InputError(f"{path}: record {damaged!r} does not match its checksum: damaged; copy the file again")
     if compressed:
         raise InputError(f"{path}: refused: record {compressed[0]!r} is compressed, which torch.save never does")
 

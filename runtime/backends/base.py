@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from ..errors import InputError
 
 DEVICES = ("cpu", "cuda")
+#: More than any machine has cores; a library that is asked for more hangs or crashes.
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise InputError(f"device: {self.device!r}; expected one of {', '.join(DEVICES)}")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads: {self.threads}; expected at least 1")
+        if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):
+            raise InputError(f"threads: {self.threads!r}; expected 1 to {MOST_THREADS}")
 
     @property
     def thread_count(self) -> int:

@@ -10,12 +10,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..errors import BundleError, DcformerError, DcformerWarning, DeviceUnavailable, MissingDependency
+from ..errors import BundleError, DcformerWarning, DeviceUnavailable, InferenceError, MissingDependency, install
 from .base import Options
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
-_ERROR_LEVEL = 3
+_FATAL_LEVEL = 4  # errors come as exceptions; the library's own log lines would only repeat them
 
 
 def installed_distributions() -> list[str]:
@@ -30,16 +30,21 @@ def installed_distributions() -> list[str]:
     return found
 
 
-def _import() -> Any:
+def import_onnxruntime() -> Any:
+    """The library; a warning if both distributions are there.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
     if len(installed_distributions()) > 1:
         warnings.warn("onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall "
-                      "both, then install one: pip install 'dcformer-deploy[cpu]' or 'dcformer-deploy[cuda]'",
+                      f"both, then {install('cpu')} (or [cuda])",
                       DcformerWarning, stacklevel=2)
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingDependency("no inference library: onnxruntime is not installed (or broken: "
-                                f"{error}). Run: pip install 'dcformer-deploy[cpu]' (or [cuda])") from error
+                                f"{error}); {install('cpu')} (or [cuda])") from error
     return onnxruntime
 
 
@@ -47,14 +52,14 @@ class OnnxRuntimeBackend:
     """One ONNX Runtime session. See ``Backend``."""
 
     def __init__(self, path: Path, options: Options) -> None:
-        library = _import()
+        library = import_onnxruntime()
         provider = _PROVIDERS[options.device]
         if provider not in library.get_available_providers():
             raise DeviceUnavailable(f"device {options.device!r}: this onnxruntime has no {provider}, only "
-                                    f"{', '.join(library.get_available_providers())}. Run: pip uninstall onnxruntime, "
-                                    "then pip install 'dcformer-deploy[cuda]'")
+                                    f"{', '.join(library.get_available_providers())}; pip uninstall onnxruntime, then "
+                                    f"{install('cuda')}")
         settings = library.SessionOptions()
-        settings.log_severity_level = _ERROR_LEVEL
+        settings.log_severity_level = _FATAL_LEVEL
         settings.intra_op_num_threads = options.thread_count
         settings.inter_op_num_threads = 1
         try:
@@ -72,12 +77,12 @@ class OnnxRuntimeBackend:
         """Compute the named outputs.
 
         Raises:
-            DcformerError: the library failed, for example for want of memory.
+            InferenceError: the library failed, for example for want of memory.
         """
         try:
             return self._session.run(list(outputs), dict(feeds))
         except Exception as error:  # as above
-            raise DcformerError(f"{self._path}: inference failed: {_brief(error)}") from error
+            raise InferenceError(f"{self._path}: inference failed: {_brief(error)}") from error
 
     def describe(self) -> str:
         """Library, version, provider and threads."""

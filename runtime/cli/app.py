@@ -1,19 +1,25 @@
 """Entry point of ``dcformer``: finds the command, and turns errors into one line and an exit code.
 
-Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 3 the environment lacks something, 130 interrupted.
+Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 3 the environment lacks something, 130 interrupted, 141 the
+reader of the output went away, 143 terminated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
+import signal
 import sys
 import warnings
 from importlib import metadata
+from pathlib import Path
 from typing import TextIO
 
 import click
 
-from ..errors import DcformerError, DcformerWarning, MissingDependency, suggestion
+from ..errors import DcformerError, DcformerWarning, MissingDependency, install, one_line, suggestion
 
 #: Command name -> module of this package that defines ``command``, and its line in ``dcformer --help``.
 COMMANDS = {
@@ -70,36 +76,79 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _prepare_streams()
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", DcformerWarning)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        result = cli.main(arguments, prog_name="dcformer", standalone_mode=False)
+        # Not cli.main(): it turns a closed pipe into exit code 1, which here means that a check failed.
+        with cli.make_context("dcformer", arguments or ["--help"]) as context:
+            result = cli.invoke(context)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except DcformerError as error:
-        return _fail(str(error), error.exit_code)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "dcformer"
-        return _fail(f"{error.format_message()} (see {command} --help)", 2)
-    except click.ClickException as error:
-        return _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; nothing half-written is left behind", 130)
-    except ModuleNotFoundError as error:
-        if (extra := _EXTRAS.get((error.name or "").split(".")[0])) is None:
-            raise
-        missing = MissingDependency(f"{error.name} is not installed. Run: pip install 'dcformer-deploy[{extra}]'")
-        return _fail(str(missing), missing.exit_code)
-    except MemoryError:
-        return _fail("out of memory; use a smaller input or a machine with more memory", 3)
+    except click.exceptions.Exit as end:  # --help and --version
+        return end.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away; Python would complain about it on exit
-        return 141
-    except OSError as error:
-        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 3)
+        return _reader_went_away()
+    except Exception as error:
+        if (failure := _explain(error)) is None:
+            raise
+        return _fail(*failure)
+    except KeyboardInterrupt:
+        return _fail("interrupted; files that were being written have been removed", 130)
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """Message and exit code of an error that is the user's or the machine's; None for one of this program's own."""
+    if isinstance(error, DcformerError):
+        return str(error), error.exit_code
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "dcformer"
+        return f"{error.format_message()} (see {command} --help)", 2
+    if isinstance(error, click.ClickException):
+        return error.format_message(), 2
+    if isinstance(error, click.Abort):
+        return "aborted", 130
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
+        missing = MissingDependency(f"{error.name} is not installed; {install(extra)}")
+        return str(missing), missing.exit_code
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller input or a machine with more memory", 3
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}", 3
+    return None
+
+
+def _prepare_streams() -> None:
+    """A missing stream becomes a silent one, and file names need not be valid in the terminal's encoding."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _reader_went_away() -> int:
+    """What a shell reports for SIGPIPE; nothing more is written, also not by Python on its way out."""
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    return 128 + signal.SIGPIPE
+
+
+def run() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(main())
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    """End by an exception, so that temporary files are removed on the way out."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # nobody can be told where standard error is full or closed
+        click.echo(f"error: {one_line(message)}", err=True)
     return code
 
 
@@ -109,9 +158,4 @@ def _show_warning(
 ) -> None:
     """Our warnings as one line; those of libraries are for developers, not for users of this program."""
     if issubclass(category, DcformerWarning):
-        click.echo(f"warning: {' '.join(str(message).split())}", err=True)
-
-
-def run() -> None:
-    """The console script."""
-    sys.exit(main())
+        click.echo(f"warning: {one_line(str(message))}", err=True)

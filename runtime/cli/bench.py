@@ -8,7 +8,10 @@ from pathlib import Path
 import click
 
 from ..backends import Options
+from ..backends.base import MOST_THREADS
 from ..bundle import open_bundle
+from ..errors import InputError
+from ..files import require_file, sha256_file
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress
 
@@ -16,7 +19,7 @@ from .output import print_json, print_table, progress
 @click.command("bench")
 @bundle_argument
 @click.option("--runs", type=click.IntRange(min=3), default=10, show_default=True, help="Measured inferences of each.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default every usable core.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
               help="The checkpoint of BUNDLE: PyTorch then runs its weights, and embeddings are compared.")
 @json_option
@@ -30,10 +33,17 @@ def command(bundle: Path, runs: int, threads: int | None, checkpoint: Path | Non
 
     manifest = open_bundle(bundle).manifest
     names = ["onnxruntime"]
-    if importlib.util.find_spec("torch") is not None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        click.echo(f"warning: {' and '.join(missing)} not installed here, so PyTorch is not measured beside the bundle",
+                   err=True)
+    else:
         names.insert(0, "pytorch")
-    elif not as_json:
-        click.echo("PyTorch is not installed here, so there is nothing to compare with", err=True)
+    if checkpoint is not None:
+        require_file(checkpoint, "checkpoint")
+        if (found := sha256_file(checkpoint)) != manifest.source.sha256:
+            raise InputError(f"{checkpoint}: sha256 {found[:12]}…, but {bundle} was made from {manifest.source.file}, "
+                             f"{manifest.source.sha256[:12]}…; pass that one, or none")
     job = Job(str(bundle), str(checkpoint) if checkpoint else None, Options(threads=threads).thread_count)
     with progress() as display:
         report = measure(names, job, manifest.encoder, manifest.preprocessing.shape_dhw, runs, display.stage)

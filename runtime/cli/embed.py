@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import InputError
-from ..files import atomic_file, sha256_file
-from ..manifest import MANIFEST_NAME
-from ..model import load
+from ..errors import BundleError, InputError
+from ..files import atomic_file
+from ..model import Model, load
 from .options import bundle_argument, keep_going_option, model_options, scan_options, scans_argument
-from .output import progress
+from .output import progress, warn_if_untrained
 
 
 @click.command("embed")
@@ -31,7 +31,24 @@ def command(
     if out.suffix != ".npz":
         raise InputError(f"--out {out}: expected a name ending in .npz")
     model = load(bundle, device, threads, verify=not no_verify)
-    embeddings, names, failed = [], [], 0
+    warn_if_untrained(model)
+    with atomic_file(out) as temporary:  # first of all, so that a place that cannot be written is found out at once
+        embeddings, names = _embed_scans(model, scans, keep_going, read_options)
+        if not embeddings:
+            raise InputError(f"none of the {len(scans)} scans could be embedded; {out} was not written")
+        with temporary.open("wb") as file:
+            np.savez(file, embeddings=np.stack(embeddings), volumes=np.array(names),
+                     manifest_sha256=np.array(model.manifest.digest))
+    failed = len(scans) - len(embeddings)
+    click.echo(f"{out}: {len(embeddings)} embeddings of {len(embeddings[0])}"
+               + (f"; {failed} scans failed" if failed else ""), err=True)
+    return 2 if failed else 0
+
+
+def _embed_scans(
+    model: Model, scans: tuple[Path, ...], keep_going: bool, read_options: dict[str, Any]
+) -> tuple[list[NDArray[np.float32]], list[str]]:
+    embeddings, names = [], []
     with progress(len(scans)) as display:
         for scan in scans:
             display.stage(scan.name)
@@ -39,16 +56,8 @@ def command(
                 embeddings.append(model.embed_image(scan, **read_options))
                 names.append(str(scan))
             except InputError as error:
-                if not keep_going:
+                if not keep_going or isinstance(error, BundleError):  # a bundle that fails one scan fails them all
                     raise
-                failed += 1
                 click.echo(f"error: {error}", err=True)
             display.advance()
-    if not embeddings:
-        raise InputError(f"none of the {len(scans)} scans could be embedded; {out} was not written")
-    with atomic_file(out) as temporary, temporary.open("wb") as file:
-        np.savez(file, embeddings=np.stack(embeddings), volumes=np.array(names),
-                 manifest_sha256=np.array(sha256_file(bundle / MANIFEST_NAME)))
-    click.echo(f"{out}: {len(embeddings)} embeddings of {len(embeddings[0])}"
-               + (f"; {failed} scans failed" if failed else ""), err=True)
-    return 2 if failed else 0
+    return embeddings, names

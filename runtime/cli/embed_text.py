@@ -6,12 +6,15 @@ from pathlib import Path
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import atomic_file
 from ..model import load
 from .options import bundle_argument, json_option, model_options
-from .output import print_json, print_table
+from .output import print_json, print_table, warn_if_untrained
+
+_LARGEST_MATRIX = 8
 
 
 @click.command("embed-text")
@@ -28,7 +31,9 @@ def command(
     """Embed each TEXT. Without --out or --json it prints how similar the texts are to each other."""
     if out is not None and out.suffix != ".npz":
         raise InputError(f"--out {out}: expected a name ending in .npz")
-    embeddings = load(bundle, device, threads, verify=not no_verify).embed_text(texts)
+    model = load(bundle, device, threads, verify=not no_verify)
+    warn_if_untrained(model)
+    embeddings = model.embed_text(texts)
     if out is not None:
         with atomic_file(out) as temporary, temporary.open("wb") as file:
             np.savez(file, embeddings=embeddings, texts=np.array(texts))
@@ -36,6 +41,16 @@ def command(
     if as_json:
         print_json([{"text": t, "embedding": e.tolist()} for t, e in zip(texts, embeddings, strict=True)])
     elif out is None:
-        cosine = embeddings @ embeddings.T
+        _print_similarity(texts, embeddings @ embeddings.T)
+
+
+def _print_similarity(texts: tuple[str, ...], cosine: NDArray[np.float32]) -> None:
+    """All pairs while they fit a screen; of more texts, each one's nearest other."""
+    if len(texts) <= _LARGEST_MATRIX:
         rows = ((f"{i + 1}. {text}", *(f"{c:.3f}" for c in cosine[i])) for i, text in enumerate(texts))
         print_table("cosine similarity", ("text", *(str(i + 1) for i in range(len(texts)))), rows)
+        return
+    others = cosine - 2 * np.eye(len(texts))
+    print_table("cosine similarity with the nearest other text", ("text", "nearest", "cosine"), (
+        (text, texts[int(row.argmax())], f"{row.max():.3f}") for text, row in zip(texts, others, strict=True)
+    ))

@@ -26,11 +26,13 @@ from .output import print_json, progress
 @click.option("--reduction", type=click.Choice(REDUCTIONS), help="Only where the checkpoint does not tell.")
 @click.option("--check-scan", type=click.Path(path_type=Path), metavar="SCAN",
               help="CT for the comparison with PyTorch, instead of the one that comes with this program.")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--license", "weights_license", metavar="TEXT", help="Licence of the weights, for the manifest.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle (nothing else is ever replaced).")
 @json_option
 def command(
     checkpoint: Path, out: Path, tokenizer: Path | None, no_tokenizer: bool, classes: Path | None,
-    input_size: int | None, reduction: Reduction | None, check_scan: Path | None, force: bool, as_json: bool,
+    input_size: int | None, reduction: Reduction | None, check_scan: Path | None,
+    weights_license: str | None, force: bool, as_json: bool,
 ) -> None:
     """Turn CHECKPOINT (original DCFormer .pth, bare state dict or .safetensors) into a bundle.
 
@@ -43,7 +45,7 @@ def command(
     names = read_classes(classes)
     from ...export.make_bundle import ExportOptions, export_checkpoint
 
-    options = ExportOptions(tokenizer, names, input_size, reduction, check_scan, overwrite=force)
+    options = ExportOptions(tokenizer, names, input_size, reduction, check_scan, weights_license, overwrite=force)
     with progress() as display:
         manifest = export_checkpoint(checkpoint, out, options, display.stage)
     if as_json:

@@ -44,7 +44,7 @@ def print_agreement(manifest: Manifest) -> None:
 def _facts(m: Manifest) -> list[tuple[str, str]]:
     p = m.preprocessing
     return [
-        ("encoder", f"{m.encoder}, {m.parameters / 1e6:.2f} M parameters, reduction {m.reduction}"),
+        ("encoder", f"{m.encoder}, {m.parameters / 1e6:.2f} M parameters in the encoder, reduction {m.reduction}"),
         ("volume (D, H, W)", " x ".join(map(str, p.shape_dhw))),
         ("spacing (H, W, D)", " x ".join(f"{mm:g}" for mm in p.spacing_hwd_mm) + " mm"),
         ("window", f"{p.window_hu[0]:g} to {p.window_hu[1]:g} HU, (v + {p.offset_hu:g}) / {p.scale_hu:g}"),
@@ -54,5 +54,6 @@ def _facts(m: Manifest) -> list[tuple[str, str]]:
         ("zero-shot classes", str(len(m.zero_shot.classes)) if m.zero_shot else "none"),
         ("detector classes", str(len(m.detector.classes)) if m.detector else "none"),
         ("weights", f"{m.source.file}, sha256 {m.source.sha256[:16]}" + ("" if m.source.trained else ", UNTRAINED")),
+        ("licence of the weights", m.source.license or "not stated"),
         ("made", f"{m.created} with " + ", ".join(f"{k} {v}" for k, v in m.tools.items())),
     ]

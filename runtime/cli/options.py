@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..backends.base import DEVICES
+from ..backends.base import DEVICES, MOST_THREADS
 from ..errors import InputError
 from ..files import require_file
 
@@ -41,7 +41,7 @@ def model_options(function: _F) -> _F:
     """How to run a bundle."""
     for option in reversed((
         click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default every usable core."),
+        click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; default: all usable cores."),
         click.option("--no-verify", is_flag=True, help="Do not compare the bundle's files with their sha256."),
     )):
         function = option(function)

@@ -10,26 +10,39 @@ from typing import Any, Protocol
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from ..errors import one_line
+from ..model import Model
 
 #: Width of tables that go to a file or a pipe, where there is no terminal to ask.
 _WIDTH_WITHOUT_TERMINAL = 120
 
 
 def print_json(value: Any) -> None:
-    """JSON alone on standard output; NaN is an error rather than invalid JSON."""
-    click.echo(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+    """JSON, in ASCII, alone on standard output; NaN is an error rather than invalid JSON."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """A table; the first column is left-aligned, the others right-aligned."""
-    table = Table(title=title, title_justify="left")
+    click.echo(one_line(title))
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        # Text, not str: rich would take brackets in names of classes and files for its markup.
+        table.add_row(*(Text(one_line(str(cell))) for cell in row))
     Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)
+
+
+def warn_if_untrained(model: Model) -> None:
+    """One line on standard error for bundles whose weights are known to be random."""
+    if not model.manifest.source.trained:
+        click.echo("warning: this bundle was made from untrained weights: its scores mean nothing", err=True)
 
 
 class Stages(Protocol):
@@ -50,7 +63,7 @@ class _TerminalStages:
         self._task = progress.add_task("", total=total)
 
     def stage(self, text: str) -> None:
-        self._progress.update(self._task, description=text)
+        self._progress.update(self._task, description=escape(text))
 
     def advance(self) -> None:
         self._progress.advance(self._task)

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from ..errors import InputError
-from ..model import Model, ZeroShot
-from .output import print_json, print_table, progress
+from ..errors import BundleError, InputError
+from ..model import Model, Scores
+from .output import print_json, print_table, progress, warn_if_untrained
 
 
 def score_scans(
-    model: Model, scans: Sequence[Path], score: Callable[[Path], ZeroShot], as_json: bool, keep_going: bool
+    model: Model, scans: Sequence[Path], score: Callable[[Path], Scores], as_json: bool, keep_going: bool
 ) -> int:
     """Score every scan and print a table or JSON.
 
@@ -24,9 +24,8 @@ def score_scans(
     Raises:
         InputError: a scan cannot be used and ``keep_going`` is false; nothing is printed on standard output then.
     """
-    if not model.manifest.source.trained:
-        click.echo("warning: this bundle was made from untrained weights: its scores mean nothing", err=True)
-    results: list[ZeroShot] = []
+    warn_if_untrained(model)
+    results: list[Scores] = []
     rows: list[dict[str, Any]] = []
     with progress(len(scans)) as display:
         for scan in scans:
@@ -35,7 +34,7 @@ def score_scans(
                 results.append(score(scan))
                 rows.append(results[-1].to_dict())
             except InputError as error:
-                if not keep_going:
+                if not keep_going or isinstance(error, BundleError):  # a bundle that fails one scan fails them all
                     raise
                 rows.append({"volume": str(scan), "error": str(error)})
                 click.echo(f"error: {error}", err=True)
@@ -48,7 +47,7 @@ def score_scans(
     return 2 if len(results) < len(scans) else 0
 
 
-def print_scores(result: ZeroShot) -> None:
+def print_scores(result: Scores) -> None:
     """Table of one scan's scores, highest first, with the time each phase took."""
     ranked = sorted(result.scores.items(), key=lambda item: -item[1])
     print_table(result.volume, ("class", "probability"), ((name, f"{score:.4f}") for name, score in ranked))

@@ -37,18 +37,14 @@ class Geometry:
     @property
     def is_blank(self) -> bool:
         """The header was never filled in: no orientation, or unit spacing with identity."""
-        unit = np.allclose(np.abs(self.pixdim_mm), 1) and np.allclose(self.affine, np.eye(4))
+        # The sign does not matter: ITK's default, identity in LPS, is diag(-1, -1, 1) here.
+        unit = np.allclose(np.abs(self.pixdim_mm), 1) and np.allclose(np.abs(self.affine), np.eye(4))
         return not self.has_form or bool(unit)
 
     @property
     def is_regular(self) -> bool:
         """The affine can be inverted."""
         return bool(np.isfinite(self.affine).all()) and abs(np.linalg.det(self.affine[:3, :3])) > 0
-
-    @property
-    def has_directions(self) -> bool:
-        """The stored axes have known directions in the patient."""
-        return not self.is_blank and self.is_regular
 
 
 def choose_spacing(path: Path, geometry: Geometry, options: ReadOptions, metadata: VolumeMetadata | None) -> Spacing:
@@ -85,9 +81,10 @@ def reorient(
 
     Nothing is copied.
     """
-    current = io_orientation(affine)
+    current = io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
     if np.isnan(current).any():
-        raise InputError(f"{path}: the affine gives no direction for one of the axes; pass --orientation as-stored")
+        raise InputError(f"{path}: the header's affine gives no direction for one of the axes; pass --orientation "
+                         "as-stored (and --spacing)")
     change = ornt_transform(current, axcodes2ornt(tuple(target)))
     order = np.argsort(change[:, 0])
     h, w, d = (spacing[int(source)] for source in order)

@@ -1,23 +1,34 @@
-"""Is this a CT in Hounsfield units? The commonest mistake with CT-RATE is rescaling twice, or not at all."""
+"""Is this a CT in Hounsfield units? The commonest mistake with CT-RATE is rescaling twice, or not at all.
+
+The test looks at shares of voxels, not at extremes: padding of any value, resampling that rings at its border, metal
+and single stray voxels occur in scans that are right.
+"""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import DcformerWarning, InputError
 from .types import Volume
 
-#: Every chest CT holds air (-1000 HU); values that never fall below this have not been rescaled.
-HIGHEST_MINIMUM_HU = -200.0
-#: Nothing in a body is this much lighter than air: a share of such voxels means that the intercept was added twice.
-LIGHTER_THAN_AIR_HU = -1300.0
-LARGEST_SHARE_LIGHTER_THAN_AIR = 0.05
+#: Air around the patient and lung. Every chest CT holds it; without the rescale intercept it lies near 0 or above.
+AIR_AND_LUNG_HU = (-1300.0, -200.0)
+SMALLEST_AIR_SHARE = 0.01
+#: Soft tissue, fluid, fat's neighbours and most bone. With the intercept added twice next to nothing is left here, as
+#: only dense bone reaches it, and air falls far below anything lighter than itself.
+SOFT_TISSUE_HU = (-200.0, 400.0)
+SMALLEST_SOFT_SHARE = 0.01
+LARGEST_SHARE_BELOW_AIR = 0.05
 #: Beyond the extended CT scale (metal reaches 30,000 HU).
 HIGHEST_HU = 70_000.0
+#: Shares are counted on about so many slices; the range and the search for NaN cover all.
+_SLICES_COUNTED = 64
 _SLICES_AT_ONCE = 16
 
 
@@ -26,13 +37,14 @@ class HounsfieldWarning(DcformerWarning):
 
 
 @dataclass(frozen=True)
-class _Range:
-    """``lowest_hu`` and ``highest_hu`` leave out padding: the smallest value where that is lighter than air."""
+class _Values:
+    """Range in HU over all voxels, and shares of those counted."""
 
-    minimum_hu: float
     lowest_hu: float
     highest_hu: float
-    share_lighter_than_air: float
+    air_share: float
+    soft_share: float
+    below_air_share: float
 
 
 def check_hounsfield(path: Path, volume: Volume, explicit: bool) -> None:
@@ -42,19 +54,20 @@ def check_hounsfield(path: Path, volume: Volume, explicit: bool) -> None:
         explicit: the caller gave slope and intercept, so a doubt is a warning and no refusal.
 
     Raises:
-        InputError: NaN, infinity, or values outside anything a CT of a chest can hold.
+        InputError: NaN, infinity, or values that no CT of a chest has.
     """
-    found = _hounsfield_range(path, volume)
-    if found.minimum_hu == found.highest_hu:
+    found = _measure(path, volume)
+    if found.lowest_hu == found.highest_hu:
         return
-    if found.share_lighter_than_air > LARGEST_SHARE_LIGHTER_THAN_AIR:
-        problem = (f"{found.share_lighter_than_air:.0%} of the voxels are below {LIGHTER_THAN_AIR_HU:g} HU, lighter "
-                   "than air: slope and intercept were probably applied twice")
-    elif found.highest_hu > HIGHEST_HU:
-        problem = f"the highest value is {found.highest_hu:g} HU, more than a CT can hold"
-    elif found.lowest_hu > HIGHEST_MINIMUM_HU:
-        problem = (f"the values go from {found.lowest_hu:g} to {found.highest_hu:g} and a chest CT holds air near "
-                   "-1000 HU: the rescale slope and intercept were probably not applied")
+    span = f"the values go from {found.lowest_hu:g} to {found.highest_hu:g}"
+    if found.highest_hu > HIGHEST_HU:
+        problem = f"{span}, more than a CT can hold"
+    elif found.below_air_share > LARGEST_SHARE_BELOW_AIR and found.soft_share < SMALLEST_SOFT_SHARE:
+        problem = (f"{span}, {found.below_air_share:.0%} of them lighter than air and hardly any in the range of soft "
+                   "tissue: slope and intercept were probably applied twice")
+    elif found.air_share < SMALLEST_AIR_SHARE:
+        problem = (f"{span} and hardly any lies in the range of air and lung, which every chest CT shows: the rescale "
+                   "slope and intercept were probably not applied")
     else:
         return
     if explicit:
@@ -65,32 +78,30 @@ def check_hounsfield(path: Path, volume: Volume, explicit: bool) -> None:
                      "(1 and 0 if the file is right as it is)")
 
 
-def _hounsfield_range(path: Path, volume: Volume) -> _Range:
-    """One pass over the stored values; HU are computed only for the few numbers that matter."""
+def _measure(path: Path, volume: Volume) -> _Values:
     stored = volume.stored
     slope, intercept = 1.0, 0.0
     for step in volume.scaling:
         slope, intercept = slope * step.slope, intercept * step.slope + step.intercept
     # The axis that varies slowest in memory, so that each piece is contiguous.
-    slow = int(np.argmax(np.abs(stored.strides)))
-    pieces = np.array_split(np.moveaxis(stored, slow, 0), max(1, stored.shape[slow] // _SLICES_AT_ONCE))
+    by_slice = np.moveaxis(stored, int(np.argmax(np.abs(stored.strides))), 0)
+    pieces = [by_slice[start : start + _SLICES_AT_ONCE] for start in range(0, len(by_slice), _SLICES_AT_ONCE)]
     if stored.dtype.kind == "f":
         bad = sum(int(piece.size - np.count_nonzero(np.isfinite(piece))) for piece in pieces)
         if bad:
             raise InputError(f"{path}: {bad:,} voxels are NaN or infinite; repair the file before embedding it")
-    low, high = min(piece.min() for piece in pieces), max(piece.max() for piece in pieces)
-    ends = sorted((float(low) * slope + intercept, float(high) * slope + intercept))
-    if not np.isfinite(ends).all():
-        raise InputError(f"{path}: scaling overflows: {low:g}..{high:g} becomes {ends[0]:g}..{ends[1]:g} HU")
-    if ends[0] >= LIGHTER_THAN_AIR_HU:
-        return _Range(ends[0], ends[0], ends[1], 0.0)
-    padding = low if slope > 0 else high
-    threshold = (LIGHTER_THAN_AIR_HU - intercept) / slope
-    light, lowest = 0, ends[1]
-    for piece in pieces:
-        rest = piece[piece != padding]
-        if rest.size:
-            light += int(np.count_nonzero(rest < threshold if slope > 0 else rest > threshold))
-            extreme = float(rest.min() if slope > 0 else rest.max())
-            lowest = min(lowest, extreme * slope + intercept)
-    return _Range(ends[0], lowest, ends[1], light / stored.size)
+    low, high = float(min(piece.min() for piece in pieces)), float(max(piece.max() for piece in pieces))
+    lowest, highest = sorted((low * slope + intercept, high * slope + intercept))
+    if not np.isfinite([lowest, highest]).all():
+        raise InputError(f"{path}: scaling overflows: {low:g}..{high:g} becomes {lowest:g}..{highest:g} HU")
+    counted = by_slice[:: max(1, len(by_slice) // _SLICES_COUNTED)]
+
+    def share(low_hu: float, high_hu: float) -> float:
+        return _share(counted, *sorted(((low_hu - intercept) / slope, (high_hu - intercept) / slope)))
+
+    return _Values(lowest, highest, share(*AIR_AND_LUNG_HU), share(*SOFT_TISSUE_HU),
+                   share(-np.inf, AIR_AND_LUNG_HU[0]))
+
+
+def _share(values: NDArray[Any], low: float, high: float) -> float:
+    return float(np.count_nonzero((values >= low) & (values <= high))) / values.size

@@ -37,11 +37,16 @@ def read_metadata(path: str | Path, volume_name: str) -> VolumeMetadata:
             reader = csv.DictReader(file)
             if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
                 raise InputError(f"{path}: no column {missing[0]}; expected CT-RATE's: {', '.join(_COLUMNS)}")
-            row = next((row for row in reader if row["VolumeName"] == volume_name), None)
+            # CT-RATE lists x.nii.gz; the file at hand may have been unpacked to x.nii.
+            names = {volume_name, volume_name + ".gz", volume_name.removesuffix(".gz")}
+            rows = [row for row in reader if row["VolumeName"] in names]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV text file ({error})") from error
-    if row is None:
+    if not rows:
         raise InputError(f"{path}: no row with VolumeName {volume_name!r}")
+    if any(row != rows[0] for row in rows):
+        raise InputError(f"{path}: {len(rows)} different rows for {volume_name!r}; expected one")
+    row = rows[0]
     x, y = _numbers(path, volume_name, row, "XYSpacing", 2)
     (z,) = _numbers(path, volume_name, row, "ZSpacing", 1)
     (slope,) = _numbers(path, volume_name, row, "RescaleSlope", 1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import logging
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
-from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
@@ -28,6 +30,8 @@ from .types import LinearMap, Volume
 MAX_VOXELS = 1 << 30
 #: Bytes tolerated behind the voxels; a longer tail means that the header describes another file.
 _LARGEST_TAIL_BYTES = 1 << 20
+#: Header and extensions; a larger offset is nonsense, and skipping to it could decompress without end.
+_LARGEST_OFFSET_BYTES = 16 << 20
 _READ_BYTES = 8 << 20
 _SUFFIXES = (".nii", ".nii.gz")
 
@@ -63,7 +67,7 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
     stored = _read_voxels(path, header, shape)
     # A blank header says nothing of directions; CT-RATE, where such files come from, stores them in LPS.
     orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
-    if orientation != AS_STORED and header.geometry.has_directions:
+    if orientation != AS_STORED and not header.geometry.is_blank:
         stored, spacing = reorient(path, header.geometry.affine, stored, spacing, target_orientation)
     volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation)
     check_hounsfield(path, volume, explicit=options.slope is not None and options.intercept is not None)
@@ -75,26 +79,31 @@ def _read_header(path: Path) -> _Header:
     if not path.name.lower().endswith(_SUFFIXES):
         raise InputError(f"{path}: not NIfTI by its name; expected .nii or .nii.gz")
     try:
-        with LoggingOutputSuppressor():  # nibabel logs the repairs of impossible fields, which we refuse instead
+        with _quiet_nibabel():
             image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image):
-            raise InputError(f"{path}: a {type(image).__name__}, not a single-file NIfTI volume")
-        with (gzip.open(path) if _is_gzip(path) else path.open("rb")) as file:
-            raw = type(image.header).from_fileobj(file, check=False)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+            if not isinstance(image, nib.Nifti1Image):
+                raise InputError(f"{path}: a {type(image).__name__}, not a single-file NIfTI volume")
+            with (gzip.open(path) if _is_gzip(path) else path.open("rb")) as file:
+                raw = type(image.header).from_fileobj(file, check=False)
+        proxy: Any = image.dataobj  # nibabel's annotations do not cover its array proxies
+        offset, slope, intercept = int(proxy.offset), float(proxy.slope), float(proxy.inter)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         raise InputError(f"{path}: not a NIfTI file, or its header is damaged ({_brief(error)})") from error
-    proxy: Any = image.dataobj  # nibabel's annotations do not cover its array proxies
-    slope, intercept = float(proxy.slope), float(proxy.inter)
+    if not 0 <= offset <= _LARGEST_OFFSET_BYTES:
+        raise InputError(f"{path}: the header puts the voxels at byte {offset:,}; expected at most "
+                         f"{_LARGEST_OFFSET_BYTES:,}")
     if not (math.isfinite(slope) and math.isfinite(intercept)) or slope == 0:
         raise InputError(f"{path}: scl_slope {slope:g} and scl_inter {intercept:g} are not a usable scaling")
-    x, y, z = (float(v) for v in raw["pixdim"][1:4])
+    # The header holds float32: 0.7 must be read as the 0.7 that was meant, or int(size * spacing / target) comes out
+    # one less than with the same spacing from CT-RATE's CSV.
+    x, y, z = (float(str(np.float32(v))) for v in raw["pixdim"][1:4])
     geometry = Geometry(
         affine=np.asarray(image.affine, np.float64),
         pixdim_mm=(x, y, z),
         has_form=int(raw["qform_code"]) != 0 or int(raw["sform_code"]) != 0,
         unit_code=int(raw["xyzt_units"]) & 7,
     )
-    return _Header(tuple(int(n) for n in image.shape), np.dtype(image.get_data_dtype()), int(proxy.offset),
+    return _Header(tuple(int(n) for n in image.shape), np.dtype(image.get_data_dtype()), offset,
                    LinearMap(slope, intercept), geometry)
 
 
@@ -129,6 +138,8 @@ def _read_voxels(path: Path, header: _Header, shape: tuple[int, int, int]) -> ND
     if not _is_gzip(path):
         if (actual := path.stat().st_size) < header.offset + size:
             raise InputError(f"{path}: truncated: {actual:,} bytes, the header needs {header.offset + size:,}")
+        if actual - header.offset - size > _LARGEST_TAIL_BYTES:
+            raise _too_long(path, shape, size)
         return np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=shape, order="F")
     buffer = np.empty(size, np.uint8)
     try:
@@ -142,9 +153,25 @@ def _read_voxels(path: Path, header: _Header, shape: tuple[int, int, int]) -> ND
     if filled < size:
         raise InputError(f"{path}: truncated: {filled:,} bytes of voxels, the header needs {size:,}")
     if tail > _LARGEST_TAIL_BYTES:
-        raise InputError(f"{path}: more than {_LARGEST_TAIL_BYTES:,} bytes follow the {size:,} that shape {shape} "
-                         "needs; the header does not describe this file")
+        raise _too_long(path, shape, size)
     return buffer.view(header.dtype).reshape(shape, order="F")
+
+
+def _too_long(path: Path, shape: tuple[int, int, int], size: int) -> InputError:
+    return InputError(f"{path}: more than {_LARGEST_TAIL_BYTES:,} bytes follow the {size:,} that shape {shape} needs; "
+                      "the header does not describe this file")
+
+
+@contextlib.contextmanager
+def _quiet_nibabel() -> Iterator[None]:
+    """Silence: nibabel repairs impossible header fields and logs that, where we read them unrepaired and refuse."""
+    logger = logging.getLogger("nibabel.global")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _fill(stream: gzip.GzipFile, target: memoryview) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import InputError
 from .types import Spacing
 
@@ -34,7 +36,7 @@ class ReadOptions:
             require_spacing("spacing", expand_spacing(self.spacing), "give positive millimetres")
         for field in ("slope", "intercept"):
             value = getattr(self, field)
-            if value is not None and not math.isfinite(value):
+            if value is not None and not (isinstance(value, int | float | np.number) and math.isfinite(value)):
                 raise InputError(f"{field}: {value!r}; expected a finite number")
         if self.slope == 0:
             raise InputError("slope: 0 would make every voxel equal; expected the rescale slope, usually 1")
@@ -46,7 +48,10 @@ AS_IN_FILE = ReadOptions()
 
 def expand_spacing(spacing: Sequence[float]) -> Spacing:
     """(xy, z) or (x, y, z) to (x, y, z)."""
-    values = [float(v) for v in spacing]
+    try:
+        values = [float(v) for v in spacing]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"spacing: {spacing!r}; expected numbers, in mm") from error
     if len(values) == 2:
         return values[0], values[0], values[1]
     if len(values) == 3:

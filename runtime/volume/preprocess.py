@@ -21,14 +21,13 @@ class AxisPlan:
     """Where the samples of one output axis come from, for the part that survives the crop.
 
     Output index ``start + k`` is ``(1 - weight[k]) * x[lower[k]] + weight[k] * x[upper[k]]``; the other output
-    indices, of ``length`` in all, are padding.
+    indices are padding.
     """
 
     lower: NDArray[np.intp]
     upper: NDArray[np.intp]
     weight: NDArray[np.float32]
     start: int
-    length: int
 
     @property
     def span(self) -> slice:
@@ -54,7 +53,7 @@ def plan_axis(old_size: int, spacing_mm: float, target_mm: float, length: int) -
     source = np.maximum((np.float64(ratio) * centres - 0.5).astype(np.float32), np.float32(0))
     lower = np.minimum(source.astype(np.intp), old_size - 1)
     weight = np.clip(source - lower.astype(np.float32), np.float32(0), np.float32(1))
-    return AxisPlan(lower, np.minimum(lower + 1, old_size - 1), weight, (length - count) // 2, length)
+    return AxisPlan(lower, np.minimum(lower + 1, old_size - 1), weight, (length - count) // 2)
 
 
 def preprocess(volume: Volume, spec: Preprocessing) -> NDArray[np.float32]:

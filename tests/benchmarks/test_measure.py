@@ -40,6 +40,16 @@ def _die(*_args: object) -> None:
     os._exit(7)
 
 
+def test_contender_that_dies_between_turns_is_reported(pristine_bundle: Path):
+    job = Job(str(pristine_bundle), None, 1)
+    worker = module._Worker("onnxruntime", job, SHAPE)
+    worker._process.kill()
+    worker._process.join()
+    for order in (worker.run, worker.close):
+        with pytest.raises(DcformerError, match="ended with exit code -9"):
+            order()
+
+
 def test_failing_contender_is_reported(tmp_path: Path):
     with pytest.raises(DcformerError, match="benchmark of onnxruntime: InputError: .* no such bundle"):
         measure(["onnxruntime"], Job(str(tmp_path / "none"), None, 1), "dcformer-nano", SHAPE, 3)

@@ -104,6 +104,32 @@ def test_buffers_of_older_transformers_are_ignored(state_dict, tmp_path: Path):
         **state_dict, "text_transformer.embeddings.position_ids": torch.arange(512)[None]}))
 
 
+def test_arguments_saved_as_a_dict(state_dict, tmp_path: Path):
+    torch.save({"model": state_dict, "args": vars(NANO.arguments())}, tmp_path / "c.pth")
+    assert_is_nano(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(("tensor", "message"), [
+    (torch.zeros(512, 256, dtype=torch.int8), "is torch.int8; expected 16, 32 or 64 bit"),
+    (torch.zeros(512, 256, dtype=torch.complex64), "is torch.complex64; expected 16, 32 or 64 bit"),
+    (torch.zeros(512, 256, dtype=torch.int64), "is torch.int64; expected floating point"),
+    (torch.zeros(512, 256).to(torch.float8_e4m3fn), "float8|GLOBAL|damaged"),
+    (torch.zeros(512, 256).to_sparse(), "sparse|GLOBAL|damaged"),
+    (torch.tensor(1.0), r"has shape \[\]; expected 2 dimensions"),
+    (torch.zeros(512, 0), r"has shape \[512, 0\]; expected 2 dimensions, none of them empty"),
+])
+def test_odd_tensors(state_dict, tmp_path: Path, tensor: torch.Tensor, message: str):
+    with pytest.raises(InputError, match=message):
+        read_checkpoint(save(tmp_path / "c.pth", {**state_dict, "to_visual_latent.weight": tensor}))
+
+
+def test_nan_in_a_doubled_norm_is_called_nan(state_dict, tmp_path: Path):
+    bad = torch.full((32,), float("nan"))
+    names = [f"visual_transformer.encoder.s0.0.0.{slot}.weight" for slot in ("norm.0", "c1.1")]
+    with pytest.raises(InputError, match="holds NaN"):
+        read_checkpoint(save(tmp_path / "c.pth", {**state_dict, **dict.fromkeys(names, bad)}))
+
+
 def test_detector(state_dict, tmp_path: Path):
     tensors = {f"trained_model.{key}": value for key, value in state_dict.items()}
     random = np.random.RandomState(1)
@@ -145,6 +171,8 @@ def test_missing_encoder_key_is_named_against_the_nearest_encoder(state_dict, tm
     ({"reduction": "width"}, "args.reduction is 'width'; expected one of channel, depth, none"),
     ({"reduction": "depth"}, "reads 256 features, which no volume size gives"),
     ({"input_size": 100}, "input size 100: expected a positive multiple of 128"),
+    ({"input_size": 128 * 10**9}, "expected a positive multiple of 128 up to 2048"),
+    ({"model": ["decomp_nano"]}, "args.model is .* not one of"),
     ({"input_size": "big"}, "input size 'big': expected a positive multiple of 128"),
 ])
 def test_contradicting_arguments(state_dict, tmp_path: Path, changes, message: str):
@@ -193,6 +221,21 @@ def test_pickle_bomb_is_refused_and_not_run(state_dict, tmp_path: Path, zipped: 
     with pytest.raises(InputError):
         read_checkpoint(tmp_path / "plain.pkl")
     assert not trace.exists()
+
+
+def test_damaged_weights_are_found_by_their_checksum(checkpoint: Path, tmp_path: Path):
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4] = b"\0\0\0\0"
+    (tmp_path / "c.pth").write_bytes(content)
+    with pytest.raises(InputError, match="does not match its checksum: damaged"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+def test_views_that_claim_more_than_the_file_holds(state_dict, tmp_path: Path):
+    huge = torch.zeros(1, 768).expand(10**9, 768)
+    with pytest.raises(InputError, match="the file holds fewer numbers"):
+        read_checkpoint(save(tmp_path / "c.pth", {
+            **state_dict, "text_transformer.embeddings.word_embeddings.weight": huge}))
 
 
 def test_compressed_records_are_refused(checkpoint: Path, tmp_path: Path):

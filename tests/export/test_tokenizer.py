@@ -1,5 +1,6 @@
 """The converted tokenizer against transformers, and refusing other tokenizers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,16 @@ def test_unusable_folders(tmp_path: Path, files: dict[str, str], message: str):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
+        convert_tokenizer(tmp_path, TEXT, tmp_path / "out.json")
+
+
+def test_tokenizer_json_that_adds_no_special_tokens(tokenizer_folder: Path, tmp_path: Path):
+    """The text encoder is read at position 0, which must be [CLS]."""
+    convert_tokenizer(tokenizer_folder, TEXT, tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"without \[CLS\] first"):
         convert_tokenizer(tmp_path, TEXT, tmp_path / "out.json")
 
 

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
-from dcformer_deploy.export.verify import compare, require_agreement
+from dcformer_deploy.export.clip import Clip, ClipSpec, TextSpec
+from dcformer_deploy.export.registry import get_encoder
+from dcformer_deploy.export.verify import _compare_codes, compare, require_agreement
 from dcformer_deploy.runtime import CheckFailed
 from dcformer_deploy.runtime.manifest import Agreement
 
@@ -33,7 +36,47 @@ def test_nothing_compared_is_a_failure():
 
 def test_tolerance_is_a_limit():
     require_agreement([agreement(1e-4)])
-    with pytest.raises(CheckFailed, match=r"1.10e-04 \(relative\), tolerance 1e-04"):
+    with pytest.raises(CheckFailed, match=r"feature_map on real input by 1.10e-04 .* the tolerance is 1e-04 relative"):
         require_agreement([agreement(1.1e-4)])
     with pytest.raises(CheckFailed):
         require_agreement([agreement(float("nan"))])
+
+
+def clip_with_twin_codes() -> tuple[Clip, torch.Tensor, torch.Tensor]:
+    """A model whose codes 0 and 1 are the same, a feature map, and PyTorch's codes for it."""
+    torch.manual_seed(0)
+    text = TextSpec(vocab_size=8, hidden_size=64, layers=1, intermediate_size=64, max_positions=8, token_types=2)
+    clip = ClipSpec(get_encoder("dcformer-nano"), "channel", 128, 32, text).build()
+    assert isinstance(clip, Clip)
+    codebook = clip.visual_transformer.vq.codebook
+    codebook.embed[0, 1] = codebook.embed[0, 0]
+    feature_map = torch.randn(1, 256, 16, 16, 1)
+    feature_map[0, :, 0, 0, 0] = codebook.embed[0, 0]
+    tokens = feature_map.permute(0, 4, 2, 3, 1).flatten(1, 3)
+    return clip, feature_map, codebook(tokens)
+
+
+def test_a_tie_may_be_decided_either_way():
+    clip, feature_map, codes = clip_with_twin_codes()
+    other = codes.clone()
+    other[0, 0] = 1 - codes[0, 0]
+    assert {int(codes[0, 0]), int(other[0, 0])} == {0, 1}
+    share = _compare_codes(clip, feature_map, codes, other, "here")
+    assert share == pytest.approx(255 / 256)
+
+
+def test_a_code_that_is_no_tie_is_a_failure():
+    clip, feature_map, codes = clip_with_twin_codes()
+    other = codes.clone()
+    other[0, 7] = (other[0, 7] + 2) % 32
+    with pytest.raises(CheckFailed, match="1 of 256 VQ codes differ"):
+        _compare_codes(clip, feature_map, codes, other, "here")
+
+
+def test_many_ties_are_a_failure():
+    """A collapsed codebook would otherwise let any codes pass."""
+    clip, feature_map, codes = clip_with_twin_codes()
+    codebook = clip.visual_transformer.vq.codebook
+    codebook.embed.copy_(codebook.embed[:, :1].expand_as(codebook.embed).clone())
+    with pytest.raises(CheckFailed, match="VQ codes differ"):
+        _compare_codes(clip, feature_map, codes, (codes + 1) % 32, "here")

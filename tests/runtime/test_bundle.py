@@ -67,6 +67,24 @@ def test_truncated_manifest(bundle_copy: Path, length: int):
     refuse(bundle_copy, "not valid JSON")
 
 
+def test_number_out_of_range(bundle_copy: Path):
+    path = bundle_copy / "manifest.json"
+    path.write_text(path.read_text().replace('"scale_hu": 600.0', '"scale_hu": 1e999'))
+    refuse(bundle_copy, "a number in it is out of range")
+
+
+def test_manifest_that_contradicts_the_graph(bundle_copy: Path):
+    rewrite(bundle_copy, lambda m: m["preprocessing"].update(shape_dhw=[64, 128, 64]))
+    refuse(bundle_copy, r"input_size is 128; expected the size of \(64, 128, 64\)")
+    rewrite(bundle_copy, lambda m: (m["preprocessing"].update(shape_dhw=[128, 256, 256]), m.update(input_size=256)))
+    refuse(bundle_copy, "shape_dhw is .* expected the sides that the image tower reads")
+
+
+def test_detector_without_its_output(bundle_copy: Path):
+    rewrite(bundle_copy, lambda m: m.update(detector={"classes": ["A"]}))
+    refuse(bundle_copy, "detector.classes is 1; expected as many as the image tower's class_scores")
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '"text"', '{"schema_version": "1"}', "[" * 100_000])
 def test_other_json(bundle_copy: Path, content: str):
     (bundle_copy / "manifest.json").write_text(content)

@@ -38,10 +38,13 @@ def test_every_runtime_module_imports_without_torch():
 
 
 def test_runtime_loads_nothing_it_does_not_need():
-    done = run("import dcformer_deploy.runtime\nprint(*sorted({m.split('.')[0] for m in sys.modules}))")
-    loaded = set(done.stdout.split())
+    show = "\nprint(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = set(run("from dcformer_deploy.runtime import load" + show).stdout.split())
     assert "nibabel" in loaded
     assert not loaded & {*FORBIDDEN, "onnxruntime", "rich", "click"}
+    loaded = set(run("import dcformer_deploy.runtime.cli.app" + show).stdout.split())
+    assert "click" in loaded
+    assert not loaded & {*FORBIDDEN, "onnxruntime", "numpy", "nibabel", "rich"}
 
 
 def test_no_forbidden_import_anywhere_in_the_source():
@@ -71,5 +74,6 @@ def test_scores_without_torch(pristine_bundle: Path, ct: Path):
 def test_export_without_torch_says_what_to_install(tmp_path: Path):
     done = run(PROGRAM, "export", tmp_path / "c.pth", "--no-tokenizer", "--out", tmp_path / "b")
     assert done.returncode == 3
-    assert "is not installed. Run: pip install 'dcformer-deploy[export]'" in done.stderr
+    assert "is not installed; in your clone of dcformer-deploy, run: pip install" in done.stderr
+    assert "'.[export]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -1,5 +1,6 @@
 """The model object: same answer by every route, scores by hand, and inputs it must refuse."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN_TOLERANCE
-from dcformer_deploy.runtime import DeviceUnavailable, InputError, Model, load
+from dcformer_deploy.runtime import BundleError, DeviceUnavailable, InferenceError, InputError, Model, load
 from dcformer_deploy.runtime.text import TruncationWarning
 from golden import NANO, inputs, relative_error
 from scans import write
@@ -95,6 +96,42 @@ def test_long_text_is_truncated_with_the_count(model: Model):
     np.testing.assert_allclose(found[1], model.embed_text([" ".join(["lung"] * 510)])[0], atol=1e-6)
 
 
+def test_long_texts_from_many_threads(model: Model):
+    """Truncation must not be a setting that the threads share."""
+    long, short = " ".join(["lung"] * 3000), "lung nodule"
+    expected = {text: model.embed_text([text])[0] for text in (short,)}
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("ignore")
+        lengths = list(pool.map(lambda i: model._tokenizer.encode([long if i % 2 else short])[0].shape[1], range(200)))
+        found = list(pool.map(lambda i: model.embed_text([short])[0], range(8)))
+    assert lengths == [4, 512] * 100
+    for embedding in found:
+        np.testing.assert_allclose(embedding, expected[short], atol=1e-6)
+
+
+def test_text_of_exactly_the_limit(model: Model, recwarn: pytest.WarningsRecorder):
+    model.embed_text([" ".join(["lung"] * 510)])
+    assert not recwarn.list
+
+
+def test_bundle_that_changes_after_loading(bundle_copy: Path, ct: Path):
+    """A server must not mix the old image tower with the new prompts."""
+    model = load(bundle_copy)
+    model.embed_image(ct)
+    prompts = bundle_copy / "prompt_embeddings.fp32.npy"
+    np.save(prompts, -np.load(prompts))
+    with pytest.raises(BundleError, match="changed since the bundle was opened; load it again"):
+        model.zero_shot(ct)
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00"])
+def test_damaged_prompt_embeddings(bundle_copy: Path, ct: Path, content: bytes):
+    path = bundle_copy / "prompt_embeddings.fp32.npy"
+    path.write_bytes(content.ljust(path.stat().st_size, b"\0"))
+    with pytest.raises(BundleError, match="not a usable array"):
+        load(bundle_copy, verify=False).zero_shot(ct)
+
+
 def test_sixteen_threads_give_the_same_answers(pristine_bundle: Path, ct: Path):
     model = load(pristine_bundle, threads=1)
     expected = load(pristine_bundle).embed_image(ct)
@@ -126,10 +163,22 @@ def test_options_for_files_do_not_fit_arrays(model: Model):
     lambda m: m.embed_images("one.nii.gz"), lambda m: m.embed_tokens(np.zeros(3, int), np.zeros(3, int)),
     lambda m: m.embed_tokens(np.zeros((1, 3)), np.zeros((1, 3))),
     lambda m: m.embed_tokens(np.zeros((1, 3), int), np.zeros((1, 4), int)),
+    lambda m: m.embed_tokens(np.full((1, 3), -1), np.ones((1, 3), int)),
+    lambda m: m.embed_image(["a.nii"]), lambda m: m.embed_image(None),
+    lambda m: m.zero_shot(np.zeros((64, 128, 128), np.float32), classes="Fracture"),
+    lambda m: m.zero_shot(np.zeros((64, 128, 128), np.float32), classes=[1, 2]),
+    lambda m: m.preprocess("a.nii", spacing="abc"), lambda m: m.preprocess("a.nii", slope="1"),
 ])
 def test_other_unusable_arguments(model: Model, call):
     with pytest.raises(InputError):
         call(model)
+
+
+@pytest.mark.parametrize(("ids", "length"), [(100_000, 3), (1, 600)])
+def test_tokens_that_the_text_tower_does_not_have(model: Model, ids: int, length: int, capfd):
+    with pytest.raises(InferenceError, match="text.fp32.onnx: inference failed"):
+        model.embed_tokens(np.full((1, length), ids), np.ones((1, length), int))
+    assert capfd.readouterr().err == ""
 
 
 def test_devices_are_not_replaced(pristine_bundle: Path):

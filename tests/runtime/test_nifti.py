@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.volume import ReadOptions, read_nifti
@@ -110,13 +111,13 @@ def test_nifti_2(hounsfield: np.ndarray, tmp_path: Path):
 # ---------------------------------------------------------------- blank headers
 
 
-@pytest.fixture(params=["no form", "identity"])
+@pytest.fixture(params=["no form", "identity", "identity in LPS"])
 def blank(request, hounsfield: np.ndarray, tmp_path: Path) -> Path:
     """As CT-RATE's original files are: nothing in the header but the shape."""
     path = tmp_path / "train_1_a_1.nii"
     if request.param == "no form":
         return write(path, hounsfield, qform_code=0, sform_code=0)
-    return write(path, hounsfield, np.eye(4))
+    return write(path, hounsfield, np.eye(4) if request.param == "identity" else np.diag([-1, -1, 1, 1]))
 
 
 def test_blank_header_is_not_guessed(blank: Path):
@@ -159,6 +160,13 @@ def test_metadata_supplies_spacing_and_rescaling(hounsfield: np.ndarray, tmp_pat
 def test_unusable_metadata(changes, message: str, hounsfield: np.ndarray, tmp_path: Path):
     path = write(tmp_path / "train_1_a_1.nii", hounsfield, np.eye(4))
     refuse(path, message, ReadOptions(metadata=metadata_csv(tmp_path, **changes)))
+
+
+def test_metadata_of_a_file_that_was_unpacked(hounsfield: np.ndarray, tmp_path: Path):
+    path = write(tmp_path / "train_1_a_1.nii", hounsfield, np.eye(4))
+    csv = metadata_csv(tmp_path, intercept="0")
+    csv.write_text(csv.read_text().replace("train_1_a_1.nii", "train_1_a_1.nii.gz"))
+    assert read_nifti(path, options=ReadOptions(metadata=csv)).spacing_hwd_mm[2] == 1.5
 
 
 def test_metadata_without_the_volume_or_column(hounsfield: np.ndarray, tmp_path: Path):
@@ -216,7 +224,8 @@ def test_truncated_uncompressed(hounsfield: np.ndarray, tmp_path: Path):
 def test_header_for_another_file(hounsfield: np.ndarray, tmp_path: Path):
     path = write(tmp_path / "a.nii", np.zeros((200, 200, 40), np.int16), dim=[3, 20, 20, 40, 1, 1, 1, 1])
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(path.read_bytes()))
-    refuse(tmp_path / "a.nii.gz", "bytes follow the .* the header does not describe this file")
+    for name in ("a.nii", "a.nii.gz"):
+        refuse(tmp_path / name, "bytes follow the .* the header does not describe this file")
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
@@ -279,6 +288,28 @@ def test_singular_affine(hounsfield: np.ndarray, tmp_path: Path):
     refuse(path, "singular")
 
 
+def test_directions_are_not_guessed_from_a_singular_affine(hounsfield: np.ndarray, tmp_path: Path):
+    path = write(tmp_path / "a.nii", hounsfield, srow_x=[0, 0, 0, 0], qform_code=0)
+    refuse(path, "gives no direction for one of the axes; pass --orientation as-stored", EXPLICIT)
+    read_nifti(path, options=ReadOptions(spacing=(1, 1, 1), orientation="as-stored"))
+
+
+@pytest.mark.parametrize("spacing", [0.7, 0.6, 0.683594, 1.25])
+def test_header_and_csv_give_the_same_spacing(spacing: float, hounsfield: np.ndarray, tmp_path: Path):
+    """A header holds float32; a difference in the eighth digit can cost a slice in int(size * spacing / target)."""
+    path = write(tmp_path / "a.nii.gz", hounsfield, np.diag([-spacing, -spacing, spacing, 1]))
+    assert read_nifti(path).spacing_hwd_mm == (spacing,) * 3
+
+
+@pytest.mark.parametrize("offset", [1e12, 1e20, float("inf"), float("nan"), -5.0])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_impossible_offset_of_the_voxels(offset: float, suffix: str, hounsfield: np.ndarray, tmp_path: Path):
+    path = write(tmp_path / "a.nii", hounsfield, vox_offset=offset)
+    if suffix == ".nii.gz":
+        (tmp_path / "a.nii.gz").write_bytes(gzip.compress(path.read_bytes()))
+    refuse(tmp_path / f"a{suffix}", "damaged|at byte|truncated")
+
+
 def test_unknown_orientation_option(hounsfield: np.ndarray, tmp_path: Path):
     with pytest.raises(InputError, match="orientation: 'RAS'; expected 'LPS'"):
         read_nifti(write(tmp_path / "a.nii", hounsfield), options=ReadOptions(orientation="RAS"))
@@ -307,9 +338,9 @@ def test_constant_volume_is_allowed(tmp_path: Path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda hu: hu + 1024, "slope and intercept were probably not applied. Pass --slope and --intercept"),
     (lambda hu: hu + 8192, "probably not applied"),
-    (lambda hu: hu - 1024, "lighter than air: slope and intercept were probably applied twice"),
+    (lambda hu: hu - 1024, "lighter than air .* slope and intercept were probably applied twice"),
     (lambda hu: (hu + 1000) / 1200.0, "probably not applied"),
-    (lambda hu: hu.astype(np.int32) * 64, "lighter than air"),
+    (lambda hu: hu.astype(np.int32) * 64, "not Hounsfield units"),
     (lambda hu: np.where(hu == hu.max(), 100_000, hu.astype(np.int32)), "more than a CT can hold"),
 ])
 def test_values_that_cannot_be_hounsfield_units(change, message: str, hounsfield: np.ndarray, tmp_path: Path):
@@ -325,13 +356,39 @@ def test_rescaled_file_with_the_metadata_of_the_stored_values(hounsfield: np.nda
     refuse(path, "probably applied twice", ReadOptions(metadata=metadata_csv(tmp_path)))
 
 
-def test_padding_outside_the_field_of_view_is_no_error(hounsfield: np.ndarray, tmp_path: Path):
-    """Scanners fill the corners with -2000 or -3024."""
-    array = hounsfield.copy()
-    array[:8] = -3024
-    read_nifti(write(tmp_path / "a.nii.gz", array))
-    array[8:] += 1024
-    refuse(write(tmp_path / "b.nii.gz", array), "probably not applied")
+def padded(hu: np.ndarray, *values: int) -> np.ndarray:
+    """Corners filled as scanners do, a quarter of the volume."""
+    array = hu.astype(np.float32)
+    for index, value in enumerate(values):
+        array[index * 5 : index * 5 + 5] = value
+    return array
+
+
+@pytest.mark.parametrize("change", [
+    lambda hu: padded(hu, -3024),
+    lambda hu: padded(hu, -2000, -3024),
+    lambda hu: ndimage.zoom(padded(hu, -3024), 1.3, order=3),  # a spline rings at the border of the padding
+    lambda hu: ndimage.rotate(padded(hu, -3024), 10, reshape=False, order=1, cval=-2000),
+    lambda hu: np.where(np.arange(hu.shape[2]) == 3, np.minimum(padded(hu, -2000), -2400), padded(hu, -2000)),
+    lambda hu: np.clip(hu * 1.0, -1000, 200),
+    lambda hu: np.where(hu > 200, 28_000, hu.astype(np.int32)),  # metal
+], ids=["padded", "two values", "spline", "rotated", "one dark slice", "windowed", "metal"])
+def test_odd_scans_that_are_right(change, hounsfield: np.ndarray, tmp_path: Path):
+    read_nifti(write(tmp_path / "a.nii.gz", change(hounsfield)))
+
+
+@pytest.mark.parametrize("change", [
+    lambda raw: padded(raw, -2000),
+    # Linear resampling blends padding into the range of air, at the border only: a volume of a real scan's size.
+    lambda raw: ndimage.zoom(padded(ndimage.zoom(raw, 4, order=0), -2000), 1.1, order=1),
+    lambda raw: np.where(np.arange(raw.size).reshape(raw.shape) == 77, -250, raw),
+], ids=["padded", "resampled", "stray voxel"])
+def test_odd_scans_that_were_not_rescaled(change, hounsfield: np.ndarray, tmp_path: Path):
+    refuse(write(tmp_path / "a.nii.gz", change((hounsfield + 1024).astype(np.int16))), "probably not applied")
+
+
+def test_padded_scan_that_was_rescaled_twice(hounsfield: np.ndarray, tmp_path: Path):
+    refuse(write(tmp_path / "a.nii.gz", padded(hounsfield, -2000) - 1024), "probably applied twice")
 
 
 def test_overflowing_file_scaling(hounsfield: np.ndarray, tmp_path: Path):

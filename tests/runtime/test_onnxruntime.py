@@ -13,10 +13,10 @@ def test_both_distributions_at_once_are_announced(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(metadata, "distribution", lambda name: object())
     assert backend.installed_distributions() == ["onnxruntime", "onnxruntime-gpu"]
     with pytest.warns(DcformerWarning, match="overwrite each other's files; uninstall both"):
-        backend._import()
+        backend.import_onnxruntime()
 
 
 def test_one_distribution_is_fine(recwarn: pytest.WarningsRecorder):
     assert len(backend.installed_distributions()) == 1
-    backend._import()
+    backend.import_onnxruntime()
     assert not recwarn.list
