@@ -81,7 +81,7 @@ class Scene:
     """A painted chest and what findings need to know of it.
 
     ``lungs``: share of each voxel inside (right, left) lung. ``heart``: signed distance (mm) to the heart's surface.
-    ``airways`` and ``arteries``: branches by side. ``aorta``: centreline from the valve to the diaphragm.
+    ``airways``: branches by side. ``aorta``: centreline from the valve to the diaphragm.
     """
 
     canvas: Canvas
@@ -89,7 +89,6 @@ class Scene:
     lungs: tuple[Array, Array]
     heart: Array
     airways: tuple[list[Branch], list[Branch]]
-    arteries: tuple[list[Branch], list[Branch]]
     aorta: list[Point]
 
     @property
@@ -115,9 +114,9 @@ def build_scene(patient: Patient, grid: Grid, rng: np.random.Generator) -> Scene
     # Ribs and great vessels stand where the lung's outline was: findings in the lung must not eat them.
     air = (canvas.hu < -350).astype(np.float32)
     lungs = lungs[0] * air, lungs[1] * air
-    airways, arteries = _paint_trees(canvas, patient, lungs, heart, rng)
+    airways = _paint_trees(canvas, patient, lungs, heart, rng)
     _paint_trachea_and_oesophagus(canvas, patient)
-    return Scene(canvas, patient, lungs, heart, airways, arteries, aorta)
+    return Scene(canvas, patient, lungs, heart, airways, aorta)
 
 
 def _superellipse(x: Array, y: Array, width: Array | float, depth: Array | float, power: float = 2.5) -> Array:
@@ -311,10 +310,9 @@ def _paint_trachea_and_oesophagus(canvas: Canvas, patient: Patient) -> None:
 
 def _paint_trees(
     canvas: Canvas, patient: Patient, lungs: tuple[Array, Array], heart: Array, rng: np.random.Generator
-) -> tuple[tuple[list[Branch], list[Branch]], tuple[list[Branch], list[Branch]]]:
+) -> tuple[list[Branch], list[Branch]]:
     """Bronchi with the arteries at their side, and veins between them, grown to fill each lung."""
     airways: list[list[Branch]] = []
-    arteries: list[list[Branch]] = []
     for lung, hilum, left_atrium in ((lungs[0], (-32.0, 10.0, 16.0), (-14.0, 20.0, 0.0)),
                                      (lungs[1], (36.0, 13.0, 12.0), (26.0, 22.0, -2.0))):
         targets = _points_within(canvas, lung, 300, rng)
@@ -333,8 +331,7 @@ def _paint_trees(
             if branch.end_radius > 0.95:  # smaller airways are below the resolution of CT
                 paint_airway(canvas, branch, wall=0.9)
         airways.append(bronchi)
-        arteries.append(companions)
-    return (airways[0], airways[1]), (arteries[0], arteries[1])
+    return airways[0], airways[1]
 
 
 def paint_airway(canvas: Canvas, branch: Branch, wall: float, dilation: float = 1.0) -> None:

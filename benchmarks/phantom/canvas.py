@@ -85,8 +85,8 @@ class Canvas:
         return float(field[tuple(index)])
 
     def ellipsoid(self, centre: Point, radii: Point, value: float, within: Array | None = None, rough: float = 0.0,
-                  rng: np.random.Generator | None = None) -> float:
-        """Paint an ellipsoid; ``rough`` (mm) makes its surface irregular. Returns its painted volume in ml."""
+                  rng: np.random.Generator | None = None) -> None:
+        """Paint an ellipsoid; ``rough`` (mm) makes its surface irregular."""
         margin = rough * 2 + self.edge_mm * 2
         where = self.around(np.subtract(centre, radii), np.add(centre, radii), margin)
         distance = ellipsoid_distance(self.local(where), centre, radii)
@@ -96,7 +96,6 @@ class Canvas:
         if within is not None:
             share = share * within[where]
         self.blend(where, share, value)
-        return float(share.sum() * np.prod(self.grid.spacing_mm) / 1000)
 
     def tube(self, points: Sequence[Point], radii: Sequence[float] | float, value: float,
              within: Array | None = None) -> None:

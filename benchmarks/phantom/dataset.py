@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def write_dataset(
         volumes.mkdir(parents=True)
         rows: list[_Row] = []
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent)
         try:
             for future in as_completed([pool.submit(_make_one, options, i, volumes) for i in range(options.count)]):
                 rows.append(future.result())
@@ -175,6 +176,11 @@ def write_dataset(
                    ((r.name, r.report.findings, r.report.impression) for r in rows))
         _write_csv(folder / split.labels, ("VolumeName", *CT_RATE_CLASSES),
                    ((r.name, *(int(name in r.present) for name in CT_RATE_CLASSES)) for r in rows))
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process; a worker would only print a traceback of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
