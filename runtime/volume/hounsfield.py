@@ -25,6 +25,8 @@ SMALLEST_AIR_SHARE = 0.01
 SOFT_TISSUE_HU = (-200.0, 400.0)
 SMALLEST_SOFT_SHARE = 0.01
 LARGEST_SHARE_BELOW_AIR = 0.05
+#: Voxels lighter than air are padding if nearly all of them have one of very few values, give or take resampling.
+PADDING_BIN_HU, PADDING_BINS, SMALLEST_PADDING_SHARE = 50.0, 3, 0.8
 #: Beyond the extended CT scale (metal reaches 30,000 HU).
 HIGHEST_HU = 70_000.0
 #: Shares are counted on about so many slices; the range and the search for NaN cover all.
@@ -38,13 +40,14 @@ class HounsfieldWarning(DcformerWarning):
 
 @dataclass(frozen=True)
 class _Values:
-    """Range in HU over all voxels, and shares of those counted."""
+    """Range in HU over all voxels, and shares of those counted; ``padding_share`` of those lighter than air."""
 
     lowest_hu: float
     highest_hu: float
     air_share: float
     soft_share: float
     below_air_share: float
+    padding_share: float
 
 
 def check_hounsfield(path: Path, volume: Volume, explicit: bool) -> None:
@@ -65,6 +68,9 @@ def check_hounsfield(path: Path, volume: Volume, explicit: bool) -> None:
     elif found.below_air_share > LARGEST_SHARE_BELOW_AIR and found.soft_share < SMALLEST_SOFT_SHARE:
         problem = (f"{span}, {found.below_air_share:.0%} of them lighter than air and hardly any in the range of soft "
                    "tissue: slope and intercept were probably applied twice")
+    elif found.below_air_share > LARGEST_SHARE_BELOW_AIR and found.padding_share < SMALLEST_PADDING_SHARE:
+        problem = (f"{span}, {found.below_air_share:.0%} of them lighter than air and too varied to be padding: slope "
+                   "and intercept are wrong, or were applied twice")
     elif found.air_share < SMALLEST_AIR_SHARE:
         problem = (f"{span} and hardly any lies in the range of air and lung, which every chest CT shows: the rescale "
                    "slope and intercept were probably not applied")
@@ -99,8 +105,17 @@ def _measure(path: Path, volume: Volume) -> _Values:
     def share(low_hu: float, high_hu: float) -> float:
         return _share(counted, *sorted(((low_hu - intercept) / slope, (high_hu - intercept) / slope)))
 
-    return _Values(lowest, highest, share(*AIR_AND_LUNG_HU), share(*SOFT_TISSUE_HU),
-                   share(-np.inf, AIR_AND_LUNG_HU[0]))
+    below_air = share(-np.inf, AIR_AND_LUNG_HU[0])
+    padding = 1.0
+    if below_air > LARGEST_SHARE_BELOW_AIR:
+        hounsfield = slope * counted.astype(np.float32) + intercept
+        padding = _share_of_fullest_bins(hounsfield[hounsfield < AIR_AND_LUNG_HU[0]])
+    return _Values(lowest, highest, share(*AIR_AND_LUNG_HU), share(*SOFT_TISSUE_HU), below_air, padding)
+
+
+def _share_of_fullest_bins(hounsfield: NDArray[np.floating[Any]]) -> float:
+    _, counts = np.unique(np.rint(hounsfield / PADDING_BIN_HU), return_counts=True)
+    return float(np.sort(counts)[-PADDING_BINS:].sum()) / max(hounsfield.size, 1)
 
 
 def _share(values: NDArray[Any], low: float, high: float) -> float:
