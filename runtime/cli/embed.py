@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
-from ..errors import BundleError, InputError
+from ..errors import InputError
 from ..files import atomic_file
-from ..model import Model, load
+from ..model import load
 from .options import bundle_argument, keep_going_option, model_options, scan_options, scans_argument
-from .output import progress, warn_if_untrained
+from .output import warn_if_untrained
+from .scans import for_each_scan
 
 
 @click.command("embed")
@@ -33,9 +33,12 @@ def command(
     model = load(bundle, device, threads, verify=not no_verify)
     warn_if_untrained(model)
     with atomic_file(out) as temporary:  # first of all, so that a place that cannot be written is found out at once
-        embeddings, names = _embed_scans(model, scans, keep_going, read_options)
-        if not embeddings:
+        results = for_each_scan(scans, keep_going, lambda scan: model.embed_image(scan, **read_options))
+        embedded = [(str(scan), result) for scan, result in zip(scans, results, strict=True)
+                    if not isinstance(result, InputError)]
+        if not embedded:
             raise InputError(f"none of the {len(scans)} scans could be embedded; {out} was not written")
+        names, embeddings = zip(*embedded, strict=True)
         with temporary.open("wb") as file:
             np.savez(file, embeddings=np.stack(embeddings), volumes=np.array(names),
                      manifest_sha256=np.array(model.manifest.digest))
@@ -43,21 +46,3 @@ def command(
     click.echo(f"{out}: {len(embeddings)} embeddings of {len(embeddings[0])}"
                + (f"; {failed} scans failed" if failed else ""), err=True)
     return 2 if failed else 0
-
-
-def _embed_scans(
-    model: Model, scans: tuple[Path, ...], keep_going: bool, read_options: dict[str, Any]
-) -> tuple[list[NDArray[np.float32]], list[str]]:
-    embeddings, names = [], []
-    with progress(len(scans)) as display:
-        for scan in scans:
-            display.stage(scan.name)
-            try:
-                embeddings.append(model.embed_image(scan, **read_options))
-                names.append(str(scan))
-            except InputError as error:
-                if not keep_going or isinstance(error, BundleError):  # a bundle that fails one scan fails them all
-                    raise
-                click.echo(f"error: {error}", err=True)
-            display.advance()
-    return embeddings, names

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from ..errors import BundleError, InputError
+from ..errors import InputError
 from ..model import Model, Scores
-from .output import print_json, print_table, progress, warn_if_untrained
+from .output import print_json, print_table, warn_if_untrained
+from .scans import for_each_scan
 
 
 def score_scans(
@@ -25,26 +26,18 @@ def score_scans(
         InputError: a scan cannot be used and ``keep_going`` is false; nothing is printed on standard output then.
     """
     warn_if_untrained(model)
-    results: list[Scores] = []
-    rows: list[dict[str, Any]] = []
-    with progress(len(scans)) as display:
-        for scan in scans:
-            display.stage(scan.name)
-            try:
-                results.append(score(scan))
-                rows.append(results[-1].to_dict())
-            except InputError as error:
-                if not keep_going or isinstance(error, BundleError):  # a bundle that fails one scan fails them all
-                    raise
-                rows.append({"volume": str(scan), "error": str(error)})
-                click.echo(f"error: {error}", err=True)
-            display.advance()
+    results = for_each_scan(scans, keep_going, score)
     if as_json:
-        print_json(rows)
-    else:
-        for result in results:
+        print_json([_row(scan, result) for scan, result in zip(scans, results, strict=True)])
+    scored = [result for result in results if isinstance(result, Scores)]
+    if not as_json:
+        for result in scored:
             print_scores(result)
-    return 2 if len(results) < len(scans) else 0
+    return 2 if len(scored) < len(scans) else 0
+
+
+def _row(scan: Path, result: Scores | InputError) -> dict[str, Any]:
+    return result.to_dict() if isinstance(result, Scores) else {"volume": str(scan), "error": str(result)}
 
 
 def print_scores(result: Scores) -> None:

@@ -102,21 +102,21 @@ def _measure(path: Path, volume: Volume) -> _Values:
         raise InputError(f"{path}: scaling overflows: {low:g}..{high:g} becomes {lowest:g}..{highest:g} HU")
     counted = by_slice[:: max(1, len(by_slice) // _SLICES_COUNTED)]
 
+    def between(low_hu: float, high_hu: float) -> NDArray[np.bool_]:
+        # The few limits are taken to stored values, not the many voxels to HU.
+        low, high = sorted(((low_hu - intercept) / slope, (high_hu - intercept) / slope))
+        return (counted >= low) & (counted <= high)
+
     def share(low_hu: float, high_hu: float) -> float:
-        return _share(counted, *sorted(((low_hu - intercept) / slope, (high_hu - intercept) / slope)))
+        return int(np.count_nonzero(between(low_hu, high_hu))) / counted.size
 
     below_air = share(-np.inf, AIR_AND_LUNG_HU[0])
     padding = 1.0
     if below_air > LARGEST_SHARE_BELOW_AIR:
-        hounsfield = slope * counted.astype(np.float32) + intercept
-        padding = _share_of_fullest_bins(hounsfield[hounsfield < AIR_AND_LUNG_HU[0]])
+        padding = _share_of_fullest_bins(slope * counted[between(-np.inf, AIR_AND_LUNG_HU[0])].astype(np.float32))
     return _Values(lowest, highest, share(*AIR_AND_LUNG_HU), share(*SOFT_TISSUE_HU), below_air, padding)
 
 
 def _share_of_fullest_bins(hounsfield: NDArray[np.floating[Any]]) -> float:
     _, counts = np.unique(np.rint(hounsfield / PADDING_BIN_HU), return_counts=True)
-    return float(np.sort(counts)[-PADDING_BINS:].sum()) / max(hounsfield.size, 1)
-
-
-def _share(values: NDArray[Any], low: float, high: float) -> float:
-    return float(np.count_nonzero((values >= low) & (values <= high))) / values.size
+    return float(np.sort(counts)[-PADDING_BINS:].sum()) / hounsfield.size
