@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -97,6 +97,8 @@ def export_checkpoint(
     spec = checkpoint.spec
     side = spec.input_size
     preprocessing = Preprocessing(shape_dhw=(side // 2, side, side))
+    if checkpoint.spacing_hwd_mm is not None:
+        preprocessing = replace(preprocessing, spacing_hwd_mm=checkpoint.spacing_hwd_mm)
     real = _read_check_scan(options.check_scan or example_ct(), preprocessing)
     with atomic_folder(out, replaceable) as folder:
         tokenizer = None

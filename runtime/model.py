@@ -222,6 +222,23 @@ class Model:
                 scores = _softmax_over_pair(prompts @ image * np.float32(task.similarity_scale))
         return ZeroShot(_name(scan), dict(zip(names, scores.tolist(), strict=True)), timings)
 
+    def score_embeddings(
+        self, embeddings: NDArray[np.float32], classes: Sequence[str] | None = None
+    ) -> NDArray[np.float32]:
+        """Zero-shot probabilities ``[n, classes]`` of image embeddings ``[n, 512]`` that are already computed.
+
+        Args:
+            classes: as in ``zero_shot``.
+        """
+        task = self._zero_shot_task()
+        names = _class_names(classes) if classes is not None else task.classes
+        embeddings = np.asarray(embeddings, np.float32)
+        width = self.manifest.embedding_dim
+        if embeddings.ndim != 2 or embeddings.shape[1] != width or not np.isfinite(embeddings).all():
+            raise InputError(f"embeddings: shape {list(embeddings.shape)}; expected finite [n, {width}]")
+        similarity = np.einsum("nd,cpd->ncp", embeddings, self._prompt_embeddings(task, names))
+        return _softmax_over_pair(similarity * np.float32(task.similarity_scale))
+
     def classify(self, scan: Scan, **read_options: Any) -> Classification:
         """Class probabilities of a fine-tuned detector.
 
@@ -318,9 +335,9 @@ def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def _softmax_over_pair(similarity: NDArray[np.float32]) -> NDArray[np.float32]:
-    """First entry of the softmax over the last axis of ``[classes, 2]``."""
+    """First entry of the softmax over the last axis of ``[..., 2]``."""
     exponent = np.exp(similarity - similarity.max(axis=-1, keepdims=True))
-    return exponent[:, 0] / exponent.sum(axis=-1)
+    return exponent[..., 0] / exponent.sum(axis=-1)
 
 
 def _name(scan: Scan) -> str:

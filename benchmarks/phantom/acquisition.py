@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .anatomy import Patient, body_distance
+from .anatomy import Patient, Scene
 from .canvas import Canvas, Grid
 
 LOWEST_STORED_HU, HIGHEST_STORED_HU = -1024, 3071
@@ -23,7 +23,7 @@ class Protocol:
     sharp: bool
 
     @staticmethod
-    def draw(patient: Patient, rng: np.random.Generator, voxel_mm: float = 1.5) -> Protocol:
+    def draw(patient: Patient, rng: np.random.Generator, voxel_mm: float = 2.0) -> Protocol:
         """A protocol that covers the patient.
 
         Args:
@@ -41,10 +41,11 @@ class Protocol:
         return Protocol(grid, rng.uniform(9, 34), bool(rng.random() < 0.5))
 
 
-def acquire(canvas: Canvas, patient: Patient, protocol: Protocol, rng: np.random.Generator) -> NDArray[np.int16]:
+def acquire(scene: Scene, protocol: Protocol, rng: np.random.Generator) -> NDArray[np.int16]:
     """Stored values [X, Y, Z] int16 in Hounsfield units."""
+    canvas = scene.canvas
     spacing = protocol.grid.spacing_mm
-    _paint_table(canvas, patient)
+    _paint_table(canvas, scene.patient)
     sigma_mm = 0.45 if protocol.sharp else 0.85
     image = ndimage.gaussian_filter(canvas.hu, [sigma_mm / s for s in spacing])
     if protocol.sharp:  # a sharp kernel overshoots at edges
@@ -53,7 +54,7 @@ def acquire(canvas: Canvas, patient: Patient, protocol: Protocol, rng: np.random
     noise = ndimage.gaussian_filter(noise, [0.6, 0.6, 0.25])
     # More photons per voxel, less noise; more body around a voxel, more of it.
     scale = protocol.noise_hu * (1.5 * 1.5 * 2.5 / np.prod(spacing)) ** 0.5 / float(noise.std())
-    inside = 0.55 + 0.45 * np.clip(-body_distance(canvas, patient) / 60, 0, 1)
+    inside = 0.55 + 0.45 * np.clip(-scene.skin / 60, 0, 1)
     image += noise * scale * inside
     circle = _outside_field_of_view(canvas)
     stored = np.clip(np.rint(image), LOWEST_STORED_HU, HIGHEST_STORED_HU).astype(np.int16)

@@ -6,7 +6,8 @@ in the middle of the chest. Attenuations are those of CT without contrast, or wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,16 +81,23 @@ class Patient:
 class Scene:
     """A painted chest and what findings need to know of it.
 
-    ``lungs``: share of each voxel inside (right, left) lung. ``heart``: signed distance (mm) to the heart's surface.
-    ``airways``: branches by side. ``aorta``: centreline from the valve to the diaphragm.
+    ``skin``, ``heart``: signed distances (mm) to their surfaces. ``lungs``: share of each voxel inside (right, left)
+    lung. ``airways``: branches by side. ``aorta``: centreline from the valve to the diaphragm.
     """
 
     canvas: Canvas
     patient: Patient
+    skin: Array
     lungs: tuple[Array, Array]
     heart: Array
     airways: tuple[list[Branch], list[Branch]]
     aorta: list[Point]
+
+    def copy(self) -> Scene:
+        """A scene to paint on without changing this one; what is never painted on is shared."""
+        canvas = copy.copy(self.canvas)
+        canvas.hu = self.canvas.hu.copy()
+        return replace(self, canvas=canvas)
 
     @property
     def both_lungs(self) -> Array:
@@ -102,13 +110,14 @@ def build_scene(patient: Patient, grid: Grid, rng: np.random.Generator) -> Scene
     canvas = Canvas(grid)
     wobble = smooth_noise(grid.shape, [30 / s for s in grid.spacing_mm], rng)
     cavity = _cavity_distance(canvas, patient) + 1.5 * wobble
-    _paint_body_wall(canvas, patient, cavity, rng)
+    skin = body_distance(canvas, patient)
+    _paint_body_wall(canvas, patient, skin, cavity, rng)
     heart = ellipsoid_distance(_tilted(canvas, patient), (0, 0, 0), patient.heart_radii) + 1.0 * wobble
     dome = _diaphragm(canvas, patient)
     lungs = _lung_shares(canvas, patient, cavity, heart, dome, wobble)
     _paint_abdomen(canvas, patient, cavity, dome, rng)
     _paint_parenchyma(canvas, patient, lungs, rng)
-    _paint_skeleton(canvas, patient)
+    _paint_skeleton(canvas, patient, skin)
     canvas.fill(canvas.coverage(heart), patient.blood * 0.9 + 4)
     aorta = _paint_great_vessels(canvas, patient)
     # Ribs and great vessels stand where the lung's outline was: findings in the lung must not eat them.
@@ -116,7 +125,7 @@ def build_scene(patient: Patient, grid: Grid, rng: np.random.Generator) -> Scene
     lungs = lungs[0] * air, lungs[1] * air
     airways = _paint_trees(canvas, patient, lungs, heart, rng)
     _paint_trachea_and_oesophagus(canvas, patient)
-    return Scene(canvas, patient, lungs, heart, airways, aorta)
+    return Scene(canvas, patient, skin, lungs, heart, airways, aorta)
 
 
 def _superellipse(x: Array, y: Array, width: Array | float, depth: Array | float, power: float = 2.5) -> Array:
@@ -140,9 +149,8 @@ def body_distance(canvas: Canvas, patient: Patient) -> Array:
     return _superellipse(canvas.x, canvas.y, patient.half_width * shoulders, depth, 2.2)
 
 
-def _paint_body_wall(canvas: Canvas, patient: Patient, cavity: Array, rng: np.random.Generator) -> None:
+def _paint_body_wall(canvas: Canvas, patient: Patient, outer: Array, cavity: Array, rng: np.random.Generator) -> None:
     """Skin and fat, muscle, and the cavity filled with fat, which organs then displace."""
-    outer = body_distance(canvas, patient)
     canvas.fill(canvas.coverage(outer), FAT)
     canvas.fill(canvas.coverage(np.maximum(outer, -(outer + 2.2))), 15.0)  # skin
     ripple = 3 * smooth_noise(canvas.grid.shape, [22 / s for s in canvas.grid.spacing_mm], rng)
@@ -214,9 +222,9 @@ def _paint_parenchyma(canvas: Canvas, patient: Patient, lungs: tuple[Array, Arra
     canvas.fill(lungs[0] + lungs[1], patient.lung + gradient + 9 * fine + 9 * coarse)
 
 
-def _paint_skeleton(canvas: Canvas, patient: Patient) -> None:
+def _paint_skeleton(canvas: Canvas, patient: Patient, skin: Array) -> None:
     """Vertebrae with discs, canal and arches; ribs that descend forward; sternum, clavicles."""
-    body = canvas.coverage(body_distance(canvas, patient) + 6)  # nothing of bone reaches the skin
+    body = canvas.coverage(skin + 6)  # nothing of bone reaches the skin
     low, high = float(canvas.z.min()), float(canvas.z.max())
     y = patient.spine_y + 6
     for centre in np.arange(low - 12, high + 24, 24.0):

@@ -46,6 +46,7 @@ class Canvas:
     def __post_init__(self) -> None:
         self.x, self.y, self.z = self.grid.axes()
         self.hu = np.full(self.grid.shape, -1000, np.float32)
+        self._first = tuple(float(axis.flat[0]) for axis in (self.x, self.y, self.z))
         #: Half the width over which an edge blurs: partial volume of about one voxel.
         self.edge_mm = 0.6 * float(np.mean(self.grid.spacing_mm))
 
@@ -80,9 +81,9 @@ class Canvas:
 
     def value_at(self, field: Array, point: Point) -> float:
         """The field's value in the voxel nearest to a point (mm), or at the border if the point lies outside."""
-        index = (int(np.clip(round((value - float(axis.flat[0])) / spacing), 0, axis.size - 1))
-                 for axis, value, spacing in zip((self.x, self.y, self.z), point, self.grid.spacing_mm, strict=True))
-        return float(field[tuple(index)])
+        index = tuple(min(max(round((float(value) - first) / spacing), 0), count - 1) for value, first, spacing, count
+                      in zip(point, self._first, self.grid.spacing_mm, self.grid.shape, strict=True))
+        return float(field[index])
 
     def ellipsoid(self, centre: Point, radii: Point, value: float, within: Array | None = None, rough: float = 0.0,
                   rng: np.random.Generator | None = None) -> None:

@@ -49,7 +49,7 @@ def _slice_with(name: str, rng: np.random.Generator) -> tuple[NDArray[np.int16],
     change = np.abs(np.clip(scene.canvas.hu, -1000, 400) - before).sum(axis=(0, 1))
     heart_slice = np.argmin(np.abs(scene.canvas.z.ravel() - patient.heart_centre[2]))
     index = int(change.argmax()) if change.any() else int(heart_slice)
-    return acquire(scene.canvas, patient, protocol, rng)[:, :, index], drawn.detail
+    return acquire(scene, protocol, rng)[:, :, index], drawn.detail
 
 
 def _tile(axial: NDArray[np.int16], window: tuple[int, int]) -> Image.Image:

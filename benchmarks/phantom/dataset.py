@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +47,16 @@ class DatasetOptions:
     """What to make.
 
     ``findings``: None draws each of the 18 independently; a list gives every volume exactly these.
-    ``voxel_mm``: typical in-plane spacing; a chest of 1.5 mm voxels has about 8 million.
+    ``voxel_mm``: typical in-plane spacing; a chest of 2 mm voxels has about 3 million.
+    ``prevalence``: chance of each finding, in those that are not normal.
     """
 
     count: int
     seed: int
     split: str = "valid"
-    voxel_mm: float = 1.5
+    voxel_mm: float = 2.0
     findings: Sequence[str] | None = None
+    prevalence: float = PREVALENCE
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -63,6 +65,8 @@ class DatasetOptions:
             raise InputError(f"--split {self.split!r}: expected one of {', '.join(SPLITS)}")
         if not 0.5 <= self.voxel_mm <= 6:
             raise InputError(f"--voxel-mm {self.voxel_mm:g}: expected 0.5 to 6")
+        if not 0 <= self.prevalence <= 1:
+            raise InputError(f"--prevalence {self.prevalence:g}: expected 0 to 1")
         for name in self.findings or ():
             if name not in PAINTERS:
                 raise InputError(f"finding {name!r}: unknown{suggestion(name, PAINTERS)}; the names are "
@@ -79,24 +83,40 @@ class Phantom:
     report: Report
 
 
+def draw_findings(rng: np.random.Generator, prevalence: float = PREVALENCE) -> set[str]:
+    """Findings at random: each with its chance, or none at all."""
+    if rng.random() < NORMAL_SHARE:
+        return set()
+    return {name for name in CT_RATE_CLASSES if rng.random() < prevalence}
+
+
 def make_phantom(options: DatasetOptions, index: int) -> Phantom:
     """The phantom number ``index``: a function of the seed, the split and the options, not of the others."""
+    return next(make_variants(options, index))
+
+
+def make_variants(options: DatasetOptions, index: int) -> Iterator[Phantom]:
+    """The phantom number ``index``, then without end the same patient in the same scanner with other findings.
+
+    Only cardiomegaly stays as it is: the heart is part of the anatomy, and painting that takes longest.
+    """
     split = list(SPLITS).index(options.split)
     rng = np.random.default_rng(np.random.SeedSequence([options.seed, split, index]))
-    if options.findings is not None:
-        chosen = set(options.findings)
-    elif rng.random() < NORMAL_SHARE:
-        chosen = set()
-    else:
-        chosen = {name for name in CT_RATE_CLASSES if rng.random() < PREVALENCE}
+    chosen = set(options.findings) if options.findings is not None else draw_findings(rng, options.prevalence)
     patient = Patient.draw(rng)
-    if "Cardiomegaly" in chosen:
+    large_heart = "Cardiomegaly" in chosen
+    if large_heart:
         patient = enlarge_heart(patient, rng)
     protocol = Protocol.draw(patient, rng, options.voxel_mm)
-    scene = build_scene(patient, protocol.grid, rng)
-    present = {name: PAINTERS[name](scene, rng) for name in CT_RATE_CLASSES if name in chosen}
-    report = write_report(present, rng)
-    return Phantom(acquire(scene.canvas, patient, protocol, rng), protocol.grid, present, report)
+    anatomy = build_scene(patient, protocol.grid, rng)
+    while True:
+        scene = anatomy.copy()
+        present = {name: PAINTERS[name](scene, rng) for name in CT_RATE_CLASSES if name in chosen}
+        report = write_report(present, rng)
+        yield Phantom(acquire(scene, protocol, rng), protocol.grid, present, report)
+        if options.findings is None:
+            chosen = draw_findings(rng, options.prevalence) - {"Cardiomegaly"}
+            chosen |= {"Cardiomegaly"} if large_heart else set()
 
 
 def write_nifti(phantom: Phantom, path: Path) -> None:
@@ -157,7 +177,7 @@ def write_dataset(
         volumes.mkdir(parents=True)
         rows: list[_Row] = []
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=leave_interrupts_to_the_parent)
         try:
             for future in as_completed([pool.submit(_make_one, options, i, volumes) for i in range(options.count)]):
                 rows.append(future.result())
@@ -178,7 +198,7 @@ def write_dataset(
                    ((r.name, *(int(name in r.present) for name in CT_RATE_CLASSES)) for r in rows))
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def leave_interrupts_to_the_parent() -> None:
     """Ctrl-C reaches every process; a worker would only print a traceback of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

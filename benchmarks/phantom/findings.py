@@ -50,8 +50,10 @@ def medical_material(scene: Scene, rng: np.random.Generator) -> Drawn:
     if kind == "wires":
         angles = np.linspace(0, 2 * np.pi, 14)
         for z in np.linspace(72, -30, rng.integers(5, 8)):
-            ring = [(15 * np.cos(a), front + 2 + 9 * np.sin(a), z + 2 * np.sin(2 * a)) for a in angles]
-            canvas.tube(ring, 1.3, 3000.0)
+            ring = [(19 * np.cos(a), front + 2 + 11 * np.sin(a), z + 2 * np.sin(2 * a)) for a in angles]
+            canvas.tube(ring, 1.5, 3000.0)
+            x = rng.uniform(-5, 5)  # the ends, twisted together in front of the sternum
+            canvas.tube([(x, front - 9, z), (x + rng.uniform(-4, 4), front - 14, z + rng.uniform(-3, 3))], 2.2, 3000.0)
         return Drawn("sternotomy wires")
     side = 1 if kind == "pacemaker" else -1
     place = (side * rng.uniform(70, 92), front + rng.uniform(4, 14), rng.uniform(66, 86))

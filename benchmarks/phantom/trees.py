@@ -59,7 +59,7 @@ def grow_tree(root: NDArray[np.floating], targets: NDArray[np.floating], root_ra
         branches.append(Branch(start, bend, width, (width + narrow) / 2, order))
         branches.append(Branch(bend, end, (width + narrow) / 2, narrow, order))
         centred = points - centroid
-        longest = np.linalg.svd(centred, full_matrices=False)[2][0]
+        longest = np.linalg.eigh(centred.T @ centred)[1][:, -1]
         along = centred @ longest
         first = along > np.quantile(along, rng.uniform(0.35, 0.65))
         if not 0 < first.sum() < len(points):

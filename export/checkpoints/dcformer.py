@@ -7,6 +7,7 @@ safetensors; the detector wraps everything in ``trained_model.`` and adds ``clas
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -41,13 +42,16 @@ _LARGEST_SIDE = 1 << 22
 class Checkpoint:
     """A checkpoint understood: what to build, the tensors that fit it exactly, and where they came from.
 
-    ``trained`` is false where the file itself says that its weights are random (``args.untrained``, as in the demo).
+    ``trained`` is false where the file itself says that its weights are random (``args.untrained``).
+    ``spacing_hwd_mm``: voxel spacing that the model was trained at, where the file tells (``args.spacing_hwd_mm``);
+    None means the published one. The original code has it as a constant, so only this project's training saves it.
     """
 
     path: Path
     sha256: str
     spec: ClipSpec
     trained: bool
+    spacing_hwd_mm: tuple[float, float, float] | None
     state_dict: Mapping[str, Tensor]
 
     def build(self) -> Clip | Detector:
@@ -89,7 +93,7 @@ def read_checkpoint(path: Path, input_size: int | None = None, reduction: Reduct
     _require_finite(path, tensors)
     _require_equal_twins(path, tensors)
     trained = not getattr(arguments, "untrained", False)
-    return Checkpoint(path, sha256_file(path), spec, trained, tensors)
+    return Checkpoint(path, sha256_file(path), spec, trained, _find_spacing(path, arguments), tensors)
 
 
 def _require_known_parts(path: Path, shapes: Mapping[str, tuple[int, ...]], is_detector: bool) -> None:
@@ -204,6 +208,16 @@ def _find_reduction(
         raise InputError(f"{path}: the input size is neither in the file's args nor in its shapes; pass --input-size "
                          "(published checkpoints: 512)")
     return fits[0]
+
+
+def _find_spacing(path: Path, arguments: argparse.Namespace | None) -> tuple[float, float, float] | None:
+    spacing = getattr(arguments, "spacing_hwd_mm", None)
+    if spacing is None:
+        return None
+    if (not isinstance(spacing, list | tuple) or len(spacing) != 3
+            or not all(isinstance(mm, int | float) and math.isfinite(mm) and 0.1 <= mm <= 20 for mm in spacing)):
+        raise InputError(f"{path}: args.spacing_hwd_mm is {spacing!r}; expected three distances of 0.1 to 20 mm")
+    return float(spacing[0]), float(spacing[1]), float(spacing[2])
 
 
 def _agreed(path: Path, what: str, in_file: Any, given: Any, option: str) -> Any:

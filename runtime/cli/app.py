@@ -29,13 +29,15 @@ COMMANDS = {
     "embed-text": ("embed_text", "Embed texts."),
     "zeroshot": ("zeroshot", "Score scans for 18 chest pathologies, or classes of your own, by text prompts."),
     "classify": ("classify", "Score scans with a fine-tuned detector."),
+    "evaluate": ("evaluate", "Judge a bundle on a data set in CT-RATE's layout: AUROC, F1, retrieval."),
     "encoders": ("encoders", "List the encoders with parameters and GFLOPs beside the published ones."),
     "phantom": ("phantom", "Make synthetic chest CTs with known findings, in CT-RATE's layout."),
     "bench": ("bench", "Measure latency, memory and cold start, side by side with PyTorch."),
 }
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "transformers": "export",
-           "safetensors": "export", "onnxruntime": "cpu", "scipy": "phantom", "PIL": "phantom"}
+           "safetensors": "export", "onnxruntime": "cpu", "scipy": "phantom", "PIL": "phantom",
+           "sklearn": "evaluate"}
 
 
 class _LazyCommands(click.Group):

@@ -1,0 +1,1 @@
+"""How good the answers are: scores against labels, scans against reports."""
