@@ -54,14 +54,13 @@ def classification(scores: Floats, labels: NDArray[np.bool_], classes: Sequence[
     kept = resampled[[value is not None for value in points]]
     predicted = np.rint(scores).astype(bool)
     averages = _resampled_averages(predicted, labels, draws)
-    micro = {"average": "micro", "zero_division": "warn"}
     return Classification(
         mean_auroc=_estimate(float(np.mean(defined)) if defined else None, _mean_of_defined(kept)),
         auroc={name: _estimate(point, row) for name, point, row in zip(classes, points, resampled, strict=True)},
-        f1=_estimate(float(f1_score(labels, predicted, average="weighted", zero_division="warn")), averages["f1"]),
+        f1=_estimate(float(f1_score(labels, predicted, average="weighted")), averages["f1"]),
         accuracy=_estimate(float(accuracy_score(labels.ravel(), predicted.ravel())), averages["accuracy"]),
-        precision=_estimate(float(precision_score(labels, predicted, **micro)), averages["precision"]),
-        recall=_estimate(float(recall_score(labels, predicted, **micro)), averages["recall"]),
+        precision=_estimate(float(precision_score(labels, predicted, average="micro")), averages["precision"]),
+        recall=_estimate(float(recall_score(labels, predicted, average="micro")), averages["recall"]),
     )
 
 

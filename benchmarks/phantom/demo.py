@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
-import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -29,8 +30,9 @@ def draw(case: Case, scores: dict[str, float]) -> Figure:
     hounsfield = volume.hounsfield(volume.stored)
     _, width, depth = hounsfield.shape
     sx, sy, sz = volume.spacing_hwd_mm
-    slices = (("axial", hounsfield[:, :, depth // 2].T, sy / sx, "upper"),
-              ("coronal", hounsfield[:, width // 2, :].T, sz / sx, "lower"))
+    slices: tuple[tuple[str, NDArray[np.float64], float, Literal["upper", "lower"]], ...] = (
+        ("axial", hounsfield[:, :, depth // 2].T, sy / sx, "upper"),
+        ("coronal", hounsfield[:, width // 2, :].T, sz / sx, "lower"))
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     axes = figure.subplot_mosaic([["a0", "b0", "bars"], ["a1", "b1", "bars"]], width_ratios=[1, 1, 1.25])
     for row, (name, plane, aspect, origin) in enumerate(slices):
@@ -48,8 +50,8 @@ def draw(case: Case, scores: dict[str, float]) -> Figure:
     return figure
 
 
-def _show(axes: mpl.axes.Axes, plane: NDArray[np.float64], aspect: float, origin: str, window: tuple[int, int],
-          title: str) -> None:
+def _show(axes: Axes, plane: NDArray[np.float64], aspect: float, origin: Literal["upper", "lower"],
+          window: tuple[int, int], title: str) -> None:
     centre, width = window
     axes.imshow(plane, cmap="gray", vmin=centre - width / 2, vmax=centre + width / 2, aspect=aspect, origin=origin)
     axes.set_title(title, fontsize=10)

@@ -147,25 +147,33 @@ def run_stages(encoder: DCFormer, x: Tensor) -> Tensor:
     return x
 
 
-@torch.no_grad()
-def centre_stages(encoder: DCFormer, x: Tensor) -> Tensor:
-    """Shift the last bias of every block so that its output has zero mean per channel over a batch.
+class Centre(nn.Module):
+    """Subtracts the mean of each channel, of the batch in training and a running one in evaluation.
 
-    A residual branch adds up what it is given, and unit vectors of features with a large common part are all alike:
-    without this the quantizer and the projection start from tokens whose cosine is 0.99.
-
-    Args:
-        x: the stem's output for the batch.
-
-    Returns:
-        The last stage's output, centred.
+    Unit vectors of features with a large common part are all alike, and learn slowly. ``fold`` makes it part of the
+    encoder, which has a bias to take it, so that nothing of it is left in the checkpoint.
     """
-    for block in blocks(encoder):
+
+    def __init__(self, channels: int, momentum: float = 0.05) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(channels))
+        self.mean: Tensor
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[B, C, …]`` float32."""
+        mean = self.mean
+        if self.training:
+            mean = features.mean(dim=(0, *range(2, features.ndim)))
+            self.mean.lerp_(mean.detach(), self.momentum)
+        return features - mean.view(-1, *(1 for _ in features.shape[2:]))
+
+    @torch.no_grad()
+    def fold(self, encoder: DCFormer) -> None:
+        """Move the running mean into the last block: ``x + gamma * (W h + b)`` with ``b - mean / gamma``."""
+        block = blocks(encoder)[-1]
         assert isinstance(block, Block)
-        y = run_block(block, x)
-        mean = y.mean(dim=(0, 2, 3, 4))
         last = block.mlp.mlp[3]
         assert isinstance(last, nn.Linear)
-        last.bias.sub_(mean / block.gamma)
-        x = y - mean.view(-1, 1, 1, 1)
-    return x
+        last.bias.sub_(self.mean / block.gamma)
+        self.mean.zero_()

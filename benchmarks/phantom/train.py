@@ -2,8 +2,10 @@
 
 DCFormer-nano and a small BERT from scratch, with the symmetric contrastive loss and the temperature of the original
 (e, not trained) between scans and reports, and beside it the prompt loss of CT-CLIP's VocabFine (Hamamci et al.,
-arXiv:2403.17834): each of the 18 statements "... is present." against its negation. An interrupted run goes on where it
-stopped. The result is a checkpoint in the original format with its tokenizer.
+arXiv:2403.17834): each of the 18 statements "... is present." against its negation. A linear head on the labels, which
+is dropped in the end, speeds the image tower up; at last projection and text tower are tuned with the image tower
+locked. An interrupted run goes on where it stopped. The result is a checkpoint in the original format with its
+tokenizer.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -20,10 +23,11 @@ import click
 from ...runtime.backends import Options
 from ...runtime.cli.output import progress
 from ...runtime.errors import DcformerError, InputError
+from .batches import TrainOptions
 from .captions import write_vocabulary
 from .dataset import DatasetOptions
 from .samples import read_samples, write_samples
-from .trainer import CHECKPOINT_NAME, PREPROCESSING, STATE_NAME, Trainer, TrainOptions
+from .trainer import CHECKPOINT_NAME, PREPROCESSING, STATE_NAME, Trainer
 
 LOG_NAME = "training.jsonl"
 #: Parameters of glibc's mallopt: when freed memory goes back to the system, and what is mapped on its own.
@@ -62,22 +66,24 @@ def train(out: Path, samples: Path, options: TrainOptions, device: str, monitor_
         click.echo(f"{out / STATE_NAME}: going on after step {trainer.step}")
     started, recent = time.monotonic(), []
 
-    def on_step(step: int, terms: dict[str, float]) -> None:
+    def report(phase: str, last: int, every: int, step: int, terms: dict[str, float]) -> None:
         recent.append(terms)
-        if step % monitor_every and step != options.steps:
+        if step % every and step != last:
             return
-        scores = trainer.monitor()
-        worst = min(scores, key=scores.__getitem__, default="none")
+        judged = trainer.monitor()
+        scores, head = judged["zero_shot"], statistics.mean(judged["head"].values())
+        worst = min(scores, key=scores.__getitem__)
         means = {name: round(statistics.mean(entry[name] for entry in recent if name in entry), 4) for name in terms}
         recent.clear()
-        line = {"step": step, "minutes": round((time.monotonic() - started) / 60, 1), "loss": means,
-                "mean_auroc": round(statistics.mean(scores.values()), 4), "auroc": scores}
+        line = {"phase": phase, "step": step, "minutes": round((time.monotonic() - started) / 60, 1), "loss": means,
+                "mean_auroc": round(statistics.mean(scores.values()), 4), "head_auroc": round(head, 4), "auroc": scores}
         with (out / LOG_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        click.echo(f"step {step}/{options.steps}, {line['minutes']} min: {means}, AUROC mean {line['mean_auroc']:.3f}, "
-                   f"lowest {scores.get(worst, float('nan')):.3f} ({worst})")
+        click.echo(f"{phase} {step}/{last}, {line['minutes']} min: {means}, AUROC mean {line['mean_auroc']:.3f}, "
+                   f"lowest {scores[worst]:.3f} ({worst}), head {head:.3f}")
 
-    trainer.run(on_step)
+    trainer.run(partial(report, "step", options.steps, monitor_every))
+    trainer.tune(partial(report, "tuning step", options.tuning_steps, monitor_every))
     trainer.save_checkpoint()
     click.echo(f"{out / CHECKPOINT_NAME}: {(out / CHECKPOINT_NAME).stat().st_size / 1e6:.1f} MB")
 

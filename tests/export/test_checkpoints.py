@@ -47,6 +47,20 @@ def test_training_checkpoint(case: Case, tmp_path: Path):
     assert (spec.text.layers, spec.text.intermediate_size, spec.codebook_size) == (1, 128, 8192)
 
 
+def test_spacing_from_args(state_dict, tmp_path: Path):
+    """Only this project's own training saves it; everywhere else the published spacing holds."""
+    assert read_checkpoint(NANO.save(tmp_path / "published.pth")).spacing_hwd_mm is None
+    own = save(tmp_path / "c.pth", state_dict, spacing_hwd_mm=[1.5, 1.5, 2.25])
+    assert read_checkpoint(own).spacing_hwd_mm == (1.5, 1.5, 2.25)
+
+
+@pytest.mark.parametrize("spacing", [1.5, [1.5, 1.5], [1.5, 0, 2], [1.5, float("nan"), 2], ["a", "b", "c"],
+                                     [1, 1, 400]])
+def test_unusable_spacing(spacing: object, state_dict, tmp_path: Path):
+    with pytest.raises(InputError, match=r"args.spacing_hwd_mm is .* three distances"):
+        read_checkpoint(save(tmp_path / "c.pth", state_dict, spacing_hwd_mm=spacing))
+
+
 def test_legacy_serialization(tmp_path: Path):
     torch.save({"model": NANO.state_dict(), "args": NANO.arguments()}, tmp_path / "c.pth",
                _use_new_zipfile_serialization=False)

@@ -1,5 +1,6 @@
 """Export: the golden numbers through ONNX Runtime, the checker, reproducibility, and failing when something differs."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conftest import GOLDEN_TOLERANCE
 from dcformer_deploy.export import make_bundle
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
 from dcformer_deploy.runtime import BundleError, CheckFailed, InputError, load
+from dcformer_deploy.runtime.manifest import Preprocessing
 from golden import CASES, NANO, REPOSITORY, Case, inputs, relative_error
 
 
@@ -45,6 +47,14 @@ def test_no_paths_of_this_machine_in_the_graphs(pristine_bundle: Path):
     for path in pristine_bundle.glob("*.onnx"):
         assert str(REPOSITORY).encode() not in path.read_bytes()
         assert b"site-packages" not in path.read_bytes()
+
+
+def test_spacing_of_the_checkpoint_reaches_the_manifest(tokenizer_folder: Path, tmp_path: Path):
+    arguments = argparse.Namespace(**{**vars(NANO.arguments()), "spacing_hwd_mm": [3.0, 3.0, 4.5]})
+    torch.save({"model": NANO.state_dict(), "args": arguments}, tmp_path / "c.pth")
+    manifest = export_checkpoint(tmp_path / "c.pth", tmp_path / "bundle", ExportOptions(tokenizer=tokenizer_folder))
+    assert manifest.preprocessing == Preprocessing((64, 128, 128), spacing_hwd_mm=(3.0, 3.0, 4.5))
+    assert load(tmp_path / "bundle").manifest.preprocessing.spacing_hwd_mm == (3.0, 3.0, 4.5)
 
 
 def test_agreement_is_recorded_for_real_and_random_input(pristine_bundle: Path):
