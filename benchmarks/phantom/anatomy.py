@@ -1,7 +1,7 @@
 """A chest without findings: body wall, skeleton, lungs with airways and vessels, mediastinum, heart, upper abdomen.
 
 Proportions follow adult CT anatomy in round numbers; every patient draws its own. Distances are in mm, the origin lies
-in the middle of the chest. Attenuations are those of CT without contrast, or with blood near 140 HU where it was given.
+in the middle of the chest. Attenuations are those of CT without contrast medium, as CT-RATE's scans are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Patient:
     @staticmethod
     def draw(rng: np.random.Generator) -> Patient:
         """A patient at random."""
-        contrast = rng.random() < 0.3
         return Patient(
             half_width=rng.uniform(155, 195),
             half_depth=rng.uniform(105, 132),
@@ -45,7 +44,7 @@ class Patient:
             diaphragm=rng.uniform(-98, -78),
             heart_radius=rng.uniform(40, 46),
             aorta_radius=rng.uniform(11, 14),
-            blood=rng.uniform(120, 170) if contrast else rng.uniform(35, 48),
+            blood=rng.uniform(35, 48),
             lung=LUNG + rng.uniform(-25, 30),
             offset=(rng.uniform(-9, 9), rng.uniform(-9, 9), rng.uniform(-8, 8)),
         )

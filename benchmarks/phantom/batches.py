@@ -16,7 +16,7 @@ from torch import Tensor
 from ...runtime.manifest import CT_RATE_CLASSES
 from .captions import report_text
 from .reports import write_report
-from .samples import Sample
+from .samples import BYTE_SCALE, PLACE_CELL, STRIDE, TAPS, Sample
 
 MAX_TOKENS = 384
 
@@ -33,16 +33,19 @@ class TrainOptions:
     prevalence: float
     monitored_patients: int = 40
     warm_up: float = 0.05
-    quantize_after: float = 0.25
+    open_stem_after: float = 0.94
+    quantize_after: float = 0.6
+    codebook_batches: int = 64
     tuning_steps: int = 600
     tuning_batch_size: int = 128
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Taps ``[B, …, 19]`` uint8, labels ``[B, 18]`` float, token ids and mask ``[B, L]`` int64."""
+    """Taps ``[B, …, 19]`` uint8, places ``[B, 18, …]`` and labels ``[B, 18]`` float, ids and mask ``[B, L]`` int64."""
 
     taps: Tensor
+    places: Tensor
     labels: Tensor
     ids: Tensor
     mask: Tensor
@@ -63,8 +66,39 @@ class Texts:
         return torch.tensor([row.ids for row in rows]), torch.tensor([row.attention_mask for row in rows])
 
 
+#: How far training moves a scan at most, in cells of the places (8 voxels), along H, W and D.
+FARTHEST_HWD = (2, 2, 1)
+_CELL = PLACE_CELL // STRIDE
+
+
+def moved(sample: Sample, by: Sequence[int] | NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Taps and places of a scan moved by some cells along H, W and D; what comes in at the border is air."""
+    taps, places = sample.taps, sample.places
+    if not any(by):
+        return taps, places
+    new_taps, new_places = np.zeros_like(taps), np.zeros_like(places)
+    source = [slice(max(-n, 0), min(side, side - n)) for n, side in zip(by, places.shape[1:], strict=True)]
+    target = [slice(max(n, 0), min(side, side + n)) for n, side in zip(by, places.shape[1:], strict=True)]
+    new_places[:, *target] = places[:, *source]
+    new_taps[*map(_fine, target)] = taps[*map(_fine, source)]
+    # Taps before the first voxel are the convolution's padding, wherever the scan lies; elsewhere they are air.
+    for index, (axis, offset) in enumerate(TAPS):
+        if offset < 0:
+            first = [slice(None)] * 3
+            if by[axis] > 0:
+                first[axis] = slice(by[axis] * _CELL, by[axis] * _CELL + 1)
+                new_taps[*first, index] = 0
+            first[axis] = slice(0, 1)
+            new_taps[*first, index] = BYTE_SCALE
+    return new_taps, new_places
+
+
+def _fine(cells: slice) -> slice:
+    return slice(cells.start * _CELL, cells.stop * _CELL)
+
+
 class Batches:
-    """Batches by step number: every epoch in another order, every report written anew."""
+    """Batches by step number: every epoch in another order, every scan moved, every report written anew."""
 
     def __init__(self, samples: Sequence[Sample], texts: Texts, options: TrainOptions) -> None:
         self.samples, self._texts, self._options = samples, texts, options
@@ -76,12 +110,14 @@ class Batches:
         epoch, position = divmod(step, per_epoch)
         order = np.random.default_rng([self._options.seed, 1, epoch]).permutation(len(self.samples))
         rng = np.random.default_rng([self._options.seed, 2, step])
-        return self.collate([self.samples[i] for i in order[position * size : (position + 1) * size]], rng)
+        return self.collate([self.samples[i] for i in order[position * size : (position + 1) * size]], rng, True)
 
-    def collate(self, samples: Sequence[Sample], rng: np.random.Generator) -> Batch:
-        """Some samples as a batch."""
-        taps = torch.from_numpy(np.stack([sample.taps for sample in samples]))
-        return Batch(taps, *self._labels_and_reports(samples, rng))
+    def collate(self, samples: Sequence[Sample], rng: np.random.Generator, moves: bool = False) -> Batch:
+        """Some samples as a batch; ``moves``: at random, each by some cells."""
+        reach = np.array(FARTHEST_HWD) * moves
+        taps, places = zip(*(moved(sample, rng.integers(-reach, reach + 1)) for sample in samples), strict=True)
+        return Batch(torch.from_numpy(np.stack(taps)), torch.from_numpy(np.stack(places).astype(np.float32)),
+                     *self._labels_and_reports(samples, rng))
 
     def texts(self, indices: NDArray[np.integer], rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, token ids and mask of reports on some samples by number."""

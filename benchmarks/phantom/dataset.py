@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
@@ -38,6 +38,8 @@ class Split:
 SPLITS = {"train": Split("train", "train_metadata.csv", "train_reports.csv", "train_labels.csv"),
           "valid": Split("valid", "validation_metadata.csv", "validation_reports.csv", "valid_labels.csv")}
 PREVALENCE = 0.22
+#: By how much a finding must change a voxel to be there.
+VISIBLE_HU = 30.0
 #: One in so many patients has no finding at all.
 NORMAL_SHARE = 0.1
 
@@ -75,12 +77,17 @@ class DatasetOptions:
 
 @dataclass(frozen=True)
 class Phantom:
-    """One scan: stored values [X, Y, Z] int16 in HU, axes to the left, back and head; what is in it and its report."""
+    """One scan: stored values [X, Y, Z] int16 in HU, axes to the left, back and head; what is in it and its report.
+
+    ``places``: where each finding changed the picture, [X, Y, Z] bool, if that was asked for. Cardiomegaly has none:
+    the heart is part of the anatomy.
+    """
 
     stored: NDArray[np.int16]
     grid: Grid
     present: dict[str, Drawn]
     report: Report
+    places: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
 
 def draw_findings(rng: np.random.Generator, prevalence: float = PREVALENCE) -> set[str]:
@@ -95,7 +102,7 @@ def make_phantom(options: DatasetOptions, index: int) -> Phantom:
     return next(make_variants(options, index))
 
 
-def make_variants(options: DatasetOptions, index: int) -> Iterator[Phantom]:
+def make_variants(options: DatasetOptions, index: int, locate: bool = False) -> Iterator[Phantom]:
     """The phantom number ``index``, then without end the same patient in the same scanner with other findings.
 
     Only cardiomegaly stays as it is: the heart is part of the anatomy, and painting that takes longest.
@@ -111,9 +118,15 @@ def make_variants(options: DatasetOptions, index: int) -> Iterator[Phantom]:
     anatomy = build_scene(patient, protocol.grid, rng)
     while True:
         scene = anatomy.copy()
-        present = {name: PAINTERS[name](scene, rng) for name in CT_RATE_CLASSES if name in chosen}
+        present, places = {}, {}
+        for name in CT_RATE_CLASSES:
+            if name in chosen:
+                before = scene.canvas.hu.copy() if locate else None
+                present[name] = PAINTERS[name](scene, rng)
+                if before is not None and name != "Cardiomegaly":
+                    places[name] = np.abs(scene.canvas.hu - before) > VISIBLE_HU
         report = write_report(present, rng)
-        yield Phantom(acquire(scene, protocol, rng), protocol.grid, present, report)
+        yield Phantom(acquire(scene, protocol, rng), protocol.grid, present, report, places)
         if options.findings is None:
             chosen = draw_findings(rng, options.prevalence) - {"Cardiomegaly"}
             chosen |= {"Cardiomegaly"} if large_heart else set()

@@ -49,11 +49,11 @@ def medical_material(scene: Scene, rng: np.random.Generator) -> Drawn:
     front = -patient.cavity_depth - 12
     if kind == "wires":
         angles = np.linspace(0, 2 * np.pi, 14)
-        for z in np.linspace(72, -30, rng.integers(5, 8)):
+        for z in np.linspace(72, -30, rng.integers(6, 9)):
             ring = [(19 * np.cos(a), front + 2 + 11 * np.sin(a), z + 2 * np.sin(2 * a)) for a in angles]
-            canvas.tube(ring, 1.5, 3000.0)
+            canvas.tube(ring, 1.8, 3000.0)
             x = rng.uniform(-5, 5)  # the ends, twisted together in front of the sternum
-            canvas.tube([(x, front - 9, z), (x + rng.uniform(-4, 4), front - 14, z + rng.uniform(-3, 3))], 2.2, 3000.0)
+            canvas.tube([(x, front - 9, z), (x + rng.uniform(-4, 4), front - 16, z + rng.uniform(-3, 3))], 2.8, 3000.0)
         return Drawn("sternotomy wires")
     side = 1 if kind == "pacemaker" else -1
     place = (side * rng.uniform(70, 92), front + rng.uniform(4, 14), rng.uniform(66, 86))
@@ -72,7 +72,7 @@ def arterial_calcification(scene: Scene, rng: np.random.Generator) -> Drawn:
     """Plaques on the wall of the aortic arch and descending aorta."""
     points = np.asarray(scene.aorta, float)
     radius = scene.patient.aorta_radius
-    count = int(rng.integers(7, 18))
+    count = int(rng.integers(10, 27))
     for _ in range(count):
         index = int(rng.integers(2, len(points) - 2))
         start, end = points[index], points[index + 1]
@@ -81,27 +81,27 @@ def arterial_calcification(scene: Scene, rng: np.random.Generator) -> Drawn:
         across /= np.linalg.norm(across)
         centre = start + rng.uniform(0, 1) * (end - start) + across * radius * 1.06
         along = np.cross(axis, across)
-        reach = rng.uniform(2.5, 7)
+        reach = rng.uniform(3, 9)
         shape = [centre - along * reach - across * 0.6, centre, centre + along * reach - across * 0.6]
-        scene.canvas.tube(shape, rng.uniform(1.4, 2.4), rng.uniform(650, 1250))
-    return Drawn("extensive" if count > 12 else "scattered")
+        scene.canvas.tube(shape, rng.uniform(1.8, 3.2), rng.uniform(650, 1250))
+    return Drawn("extensive" if count > 18 else "scattered")
 
 
 def coronary_calcification(scene: Scene, rng: np.random.Generator) -> Drawn:
     """Beads and streaks along the course of the coronary arteries on the heart's surface."""
     arteries = {"left anterior descending": (-0.25, -1.0), "circumflex": (0.55, 0.75), "right coronary": (-2.1, -0.9)}
-    chosen = list(rng.choice(list(arteries), int(rng.integers(1, 4)), replace=False))
+    chosen = list(rng.choice(list(arteries), int(rng.integers(2, 4)), replace=False))
     cx, cy, cz = scene.patient.heart_centre
     for name in chosen:
         azimuth, slope = arteries[name]
-        for position in np.sort(rng.uniform(0.1, 0.85, rng.integers(3, 7))):
+        for position in np.sort(rng.uniform(0.1, 0.85, rng.integers(4, 9))):
             streak = []
             for step in np.linspace(0, rng.uniform(0.06, 0.14), 4):
                 t = position + step
                 direction = np.array([np.cos(azimuth + 0.5 * t), np.sin(azimuth + slope * t * 0.6), 0.75 - 1.5 * t])
                 direction /= np.linalg.norm(direction)
                 streak.append(_on_heart(scene, (cx, cy, cz), direction))
-            scene.canvas.tube(streak, rng.uniform(1.4, 2.3), rng.uniform(700, 1300))
+            scene.canvas.tube(streak, rng.uniform(1.8, 2.8), rng.uniform(700, 1300))
     return Drawn(" and ".join(chosen))
 
 
@@ -152,7 +152,7 @@ def lymphadenopathy(scene: Scene, rng: np.random.Generator) -> Drawn:
     largest = 0.0
     for name in chosen:
         for _ in range(int(rng.integers(1, 4))):
-            radius = rng.uniform(6.5, 12.5)
+            radius = rng.uniform(7, 15)
             largest = max(largest, 2 * radius)
             centre = np.add(stations[name], rng.normal(0, 5, 3))
             scene.canvas.ellipsoid(centre, radius * rng.uniform(0.75, 1.25, 3), 46.0, rough=1.0, rng=rng)

@@ -84,13 +84,13 @@ def atelectasis(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def lung_nodule(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """One to six rounded nodules of 6 to 20 mm: solid, calcified, or ground glass."""
-    count = int(rng.integers(1, 7))
+    """One to eight rounded nodules of 8 to 26 mm: solid, calcified, or ground glass."""
+    count = int(rng.integers(1, 9))
     largest, place = 0.0, ""
     kind = str(rng.choice(["solid", "solid", "calcified", "part-solid"]))
     for _ in range(count):
         _, name, share = _lobe(scene, rng)
-        radius = rng.uniform(3.4, 10)
+        radius = rng.uniform(4, 13)
         value = {"solid": 35.0, "calcified": 420.0, "part-solid": -250.0}[kind]
         scene.canvas.ellipsoid(_point_in(scene, share, rng, depth=4), radius * rng.uniform(0.85, 1.15, 3), value,
                                rough=0.5, rng=rng)
@@ -105,9 +105,9 @@ def lung_opacity(scene: Scene, rng: np.random.Generator) -> Drawn:
     _, first, share = _lobe(scene, rng)
     _, second, other = _lobe(scene, rng)
     region = np.maximum(share, other)
-    patches = _patches(scene, region, rng.uniform(0.2, 0.45), rng.uniform(22, 40), rng)
+    patches = _patches(scene, region, rng.uniform(0.3, 0.6), rng.uniform(22, 40), rng)
     # Adding, not replacing: what was brighter stays brighter.
-    scene.canvas.hu += patches * rng.uniform(170, 330) * (scene.canvas.hu < -200)
+    scene.canvas.hu += patches * rng.uniform(200, 360) * (scene.canvas.hu < -200)
     return Drawn(first if first == second else f"{first} and {second}")
 
 

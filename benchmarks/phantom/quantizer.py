@@ -33,10 +33,11 @@ class CodebookTrainer:
 
     Args:
         decay: share of the old in each running mean.
-        dead_below: codes used less often per batch (running mean) are put on tokens of the batch.
+        dead_below: codes used less often (running mean, as a share of the average code's use) are put on tokens of the
+            batch.
     """
 
-    def __init__(self, codebook: Codebook, generator: torch.Generator, decay: float = 0.98,
+    def __init__(self, codebook: Codebook, generator: torch.Generator, decay: float = 0.99,
                  dead_below: float = 0.02) -> None:
         self._codebook = codebook
         self._generator = generator
@@ -44,13 +45,19 @@ class CodebookTrainer:
         self._dead_below = dead_below
 
     @torch.no_grad()
-    def start(self, tokens: Tensor) -> None:
-        """Put every code on a token ``[n, C]`` picked at random."""
-        book = self._codebook
-        rows = F.normalize(tokens, dim=-1)[self._pick(len(tokens), book.embed.shape[1])]
-        for name, value in (("embed", rows[None]), ("embed_avg", rows[None])):
-            book.get_buffer(name).copy_(value)
-        book.get_buffer("cluster_size").fill_(1.0)
+    def start(self, tokens: Tensor, batches: int = 1, iterations: int = 10) -> None:
+        """Fit the codes to the tokens ``[n, C]`` of some batches by spherical k-means (Dhillon and Modha, 2001)."""
+        embed, average, size = (self._codebook.get_buffer(name) for name in ("embed", "embed_avg", "cluster_size"))
+        unit = F.normalize(tokens, dim=-1)
+        embed[0] = unit[self._pick(len(unit), embed.shape[1])]
+        for _ in range(iterations):
+            codes = torch.cat([self._codebook(part) for part in unit.split(8192)])
+            counts = torch.bincount(codes, minlength=embed.shape[1]).to(unit.dtype)
+            sums = torch.zeros_like(embed[0]).index_add_(0, codes, unit)
+            empty = (counts == 0).nonzero().flatten()
+            sums[empty], counts[empty] = unit[self._pick(len(unit), len(empty))], 1.0
+            embed[0] = F.normalize(sums, dim=-1)
+            average[0], size[0] = sums / batches, counts / batches
 
     def __call__(self, tokens: Tensor) -> Quantized:
         """Quantize tokens ``[B, N, C]`` float32 and update the codebook."""
@@ -68,10 +75,11 @@ class CodebookTrainer:
         sums = torch.zeros_like(embed[0]).index_add_(0, codes, unit)
         size.lerp_(counts[None], 1 - self._decay)
         average.lerp_(sums[None], 1 - self._decay)
-        dead = (size[0] < self._dead_below).nonzero().flatten()
+        fair = len(unit) / embed.shape[1]
+        dead = (size[0] < self._dead_below * fair).nonzero().flatten()
         if len(dead):
-            average[0, dead] = unit[self._pick(len(unit), len(dead))]
-            size[0, dead] = 1.0
+            average[0, dead] = unit[self._pick(len(unit), len(dead))] * fair
+            size[0, dead] = fair
         embed.copy_(F.normalize(average, dim=-1))
 
     def _pick(self, count: int, wanted: int) -> Tensor:

@@ -23,19 +23,22 @@ from ...runtime.files import atomic_file
 from ...runtime.manifest import CT_RATE_CLASSES, Preprocessing
 from .batches import MAX_TOKENS, Batch, Batches, Texts, TrainOptions
 from .captions import statements
+from .localizer import Localizer
 from .losses import report_loss, statement_loss
 from .quantizer import CodebookTrainer
 from .samples import BYTE_SCALE, VARIANTS, Sample
-from .stem import Centre, calibrate_stem, run_stages, run_stem
+from .stem import Centre, calibrate_stem, late_parameters, run_stages, run_stem, stage_channels
 
 ENCODER, REDUCTION = "dcformer-nano", "channel"
 #: A field of view of 384 x 384 x 288 mm: the published 0.75 and 1.5 mm would show a quarter of the chest at this size.
 PREPROCESSING = Preprocessing(shape_dhw=(128, 256, 256), spacing_hwd_mm=(1.5, 1.5, 2.25))
 INPUT_SIZE = PREPROCESSING.shape_dhw[1]
-CODEBOOK_SIZE = 1024
-STATEMENT_WEIGHT, HEAD_WEIGHT, COMMITMENT_WEIGHT = 3.0, 4.0, 0.25
-#: Learning rate of the text tower, as a share of the image tower's.
-TEXT_SHARE = 0.5
+CODEBOOK_SIZE = 2048
+STATEMENT_WEIGHT, HEAD_WEIGHT, PLACE_WEIGHT, COMMITMENT_WEIGHT = 3.0, 4.0, 20.0, 0.25
+#: Places are taught to so many of the last stages.
+LOCALIZED = 3
+#: Learning rates of the text tower, and of the stem's layers that open late, as shares of the image tower's.
+TEXT_SHARE, LATE_SHARE = 0.5, 5.0
 CHECKPOINT_NAME, STATE_NAME = "checkpoint.pth", "training_state.pt"
 
 
@@ -65,7 +68,9 @@ class Trainer:
         # contrastive losses alone teach the image tower far more slowly.
         width = spec.reduced_width
         self.head = nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, len(CT_RATE_CLASSES))).to(self.device)
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, self.head), betas=(0.9, 0.98))
+        self.localizer = Localizer(stage_channels(encoder)[-LOCALIZED:]).to(self.device)
+        extra = [*self.head.parameters(), *self.localizer.parameters()]
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model, extra), betas=(0.9, 0.98))
         self.step = 0
         self.amp = _mixed_precision(self.device)
         self.prompt_ids = tuple(t.to(self.device) for t in self.texts.encode(statements()))
@@ -77,11 +82,19 @@ class Trainer:
 
     # ------------------------------------------------------------------ forward
 
-    def tokens(self, taps: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Tokens ``[B, D'H'W', C]`` float32 and their grid (D', H', W')."""
+    def stages(self, taps: Tensor) -> list[Tensor]:
+        """What the encoder's stages compute."""
         scaled = taps.to(self.device).to(torch.bfloat16 if self.amp else torch.float32) / BYTE_SCALE - 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            features = run_stages(self.encoder, run_stem(self.encoder, scaled))
+            return run_stages(self.encoder, run_stem(self.encoder, scaled, first_only=not self.stem_is_open))
+
+    @property
+    def stem_is_open(self) -> bool:
+        """Whether the layers of the stem after the first are trained already."""
+        return self.step >= self.options.open_stem_after * self.options.steps
+
+    def tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Tokens ``[B, D'H'W', C]`` float32 of the last stage, and their grid (D', H', W')."""
         tokens = self.centre(features.float()).permute(0, 4, 2, 3, 1)
         return tokens.flatten(1, 3), tuple(tokens.shape[1:4])
 
@@ -96,15 +109,15 @@ class Trainer:
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss by name; their sum is minimised."""
         quantizes = self.step >= self.options.quantize_after * self.options.steps
-        tokens, grid = self.tokens(batch.taps)
+        stages = self.stages(batch.taps)
+        tokens, grid = self.tokens(stages[-1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             reports = self.model.encode_text(batch.ids.to(self.device), batch.mask.to(self.device))
             prompts = self.model.encode_text(*self.prompt_ids)
         terms: dict[str, Tensor] = {}
         if quantizes:
             if not self.initted.item():
-                self.codebook.start(tokens.detach().flatten(0, 1))
-                self.initted.fill_(1)
+                self._start_codebook(range(self.step, self.step + self.options.codebook_batches))
             quantized = self.codebook(tokens)
             unit = quantized.tokens
             terms["commitment"] = COMMITMENT_WEIGHT * quantized.commitment
@@ -115,9 +128,22 @@ class Trainer:
         images = self.project(reduced)
         terms["report"] = report_loss(images, reports.float())
         terms["head"] = HEAD_WEIGHT * F.binary_cross_entropy_with_logits(self.head(reduced), labels)
+        terms["place"] = PLACE_WEIGHT * self.localizer(stages[-LOCALIZED:], batch.places.to(self.device))
         statement = statement_loss(images, prompts.float().unflatten(0, (-1, 2)), labels)
         terms["statement"] = STATEMENT_WEIGHT * statement
         return terms
+
+    @torch.no_grad()
+    def _start_codebook(self, numbers: Sequence[int]) -> None:
+        """Fit the codes to the tokens of some batches as evaluation sees them."""
+        was_training = self.model.training
+        for module in (self.model, self.centre):
+            module.eval()
+        tokens = [self.tokens(self.stages(self.batches(number).taps)[-1])[0].flatten(0, 1) for number in numbers]
+        for module in (self.model, self.centre):
+            module.train(was_training)
+        self.codebook.start(torch.cat(tokens), len(tokens))
+        self.initted.fill_(1)
 
     # ------------------------------------------------------------------ the run
 
@@ -132,7 +158,7 @@ class Trainer:
         calibrate_stem(self.encoder, batches[0].taps[:8].to(self.device).float() / BYTE_SCALE - 1)
         self.model.train()
         self.centre.train()
-        tokens, grid = self.tokens(batches[0].taps)
+        tokens, grid = self.tokens(self.stages(batches[0].taps)[-1])
         _project_out(self.model.to_visual_latent, self.reduce(F.normalize(tokens, dim=-1), grid).mean(dim=0))
         self.model.eval()
         hidden = [self.model.text_transformer(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
@@ -145,7 +171,7 @@ class Trainer:
             self.start()
         saved = time.monotonic()
         for _, batch in self.batches.stream(self.step, self.options.steps):
-            for module in (self.model, self.centre, self.head):
+            for module in (self.model, self.centre, self.head, self.localizer):
                 module.train()
             for group in self.optimizer.param_groups:
                 group["lr"] = group["share"] * self._learning_rate()
@@ -202,7 +228,7 @@ class Trainer:
         rows = []
         for start in range(0, len(self.batches.samples), self.options.batch_size):
             part = self.batches.samples[start : start + self.options.batch_size]
-            tokens, grid = self.tokens(torch.from_numpy(np.stack([sample.taps for sample in part])))
+            tokens, grid = self.tokens(self.stages(torch.from_numpy(np.stack([sample.taps for sample in part])))[-1])
             rows.append(self.reduce(F.embedding(self.book(tokens), self.book.embed[0]), grid))
         return torch.cat(rows)
 
@@ -224,7 +250,7 @@ class Trainer:
             prompts = self.model.encode_text(*self.prompt_ids).float().unflatten(0, (-1, 2))
         for start in range(0, len(self.monitored), self.options.batch_size):
             batch = self.batches.collate(self.monitored[start : start + self.options.batch_size], rng)
-            tokens, grid = self.tokens(batch.taps)
+            tokens, grid = self.tokens(self.stages(batch.taps)[-1])
             unit = F.normalize(tokens, dim=-1)
             if self.initted.item():
                 unit = F.embedding(self.book(tokens), self.book.embed[0])
@@ -243,6 +269,7 @@ class Trainer:
     def save_state(self) -> None:
         """Everything needed to go on."""
         state = {"model": self.model.state_dict(), "centre": self.centre.state_dict(), "head": self.head.state_dict(),
+                 "localizer": self.localizer.state_dict(),
                  "optimizer": self.optimizer.state_dict(), "step": self.step, "generator": self.generator.get_state(),
                  "torch_rng": torch.get_rng_state(), "options": asdict(self.options)}
         with atomic_file(self.out / STATE_NAME) as path:
@@ -263,6 +290,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.centre.load_state_dict(state["centre"])
         self.head.load_state_dict(state["head"])
+        self.localizer.load_state_dict(state["localizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch_rng"].cpu())
@@ -293,12 +321,17 @@ def _project_out(layer: nn.Linear, direction: Tensor) -> None:
     layer.weight -= torch.outer(layer.weight @ unit, unit)
 
 
-def _parameter_groups(model: Clip, head: nn.Module) -> list[dict[str, object]]:
+def _parameter_groups(model: Clip, extra: Sequence[nn.Parameter]) -> list[dict[str, object]]:
     """Weight decay for matrices and kernels, none for biases, norms and scales; a smaller rate for the text tower."""
     groups: list[dict[str, object]] = []
     texts = [*model.text_transformer.parameters(), *model.to_text_latent.parameters()]
-    images = [*model.visual_transformer.parameters(), *model.to_visual_latent.parameters(), *head.parameters()]
-    for share, parameters in ((1.0, images), (TEXT_SHARE, texts)):
+    encoder = model.visual_transformer.encoder
+    assert isinstance(encoder, DCFormer)
+    late = list(late_parameters(encoder))
+    ids = {id(parameter) for parameter in late}
+    images = [p for p in model.visual_transformer.parameters() if id(p) not in ids]
+    images += [*model.to_visual_latent.parameters(), *extra]
+    for share, parameters in ((1.0, images), (TEXT_SHARE, texts), (LATE_SHARE, late)):
         groups.append({"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05, "share": share})
         groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "share": share})
     return groups
@@ -308,4 +341,4 @@ def _mixed_precision(device: torch.device) -> bool:
     """Whether bfloat16 is fast here: on CPUs only with units for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

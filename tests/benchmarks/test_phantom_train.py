@@ -9,19 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dcformer_deploy.benchmarks.phantom import train, trainer
-from dcformer_deploy.benchmarks.phantom.batches import Texts, TrainOptions
+from dcformer_deploy.benchmarks.phantom.batches import Texts, TrainOptions, moved
 from dcformer_deploy.benchmarks.phantom.captions import statements
 from dcformer_deploy.benchmarks.phantom.dataset import DatasetOptions, make_phantom
 from dcformer_deploy.benchmarks.phantom.losses import report_loss, statement_loss
 from dcformer_deploy.benchmarks.phantom.samples import (
     BYTE_SCALE,
     LARGEST_SHIFT_DHW,
+    PLACE_CELL,
     STRIDE,
     TAPS,
     VARIANTS,
     Sample,
+    gather_places,
     gather_taps,
     read_samples,
     write_samples,
@@ -32,16 +35,20 @@ from dcformer_deploy.export.checkpoints import read_checkpoint
 from dcformer_deploy.export.tokenizer import convert_tokenizer
 from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.manifest import CT_RATE_CLASSES, Preprocessing
+from dcformer_deploy.runtime.volume import preprocess
+from dcformer_deploy.runtime.volume.types import Volume
 
 OPTIONS = TrainOptions(patients=3, steps=4, batch_size=4, seed=0, learning_rate=1e-3, prevalence=0.3,
-                       monitored_patients=1, warm_up=0.25, quantize_after=0.5, tuning_steps=2, tuning_batch_size=6)
+                       monitored_patients=1, warm_up=0.25, open_stem_after=0.75, quantize_after=0.5,
+                       codebook_batches=2, tuning_steps=2, tuning_batch_size=6)
 
 
 def _samples(count: int) -> list[Sample]:
     """Random voxels of the smallest volume, with findings."""
     rng = np.random.default_rng(0)
     return [Sample(rng.integers(0, 255, (32, 32, 16, len(TAPS)), np.uint8),
-                   {name: Drawn("left lung") for name in CT_RATE_CLASSES if rng.random() < 0.4}) for _ in range(count)]
+                   {name: Drawn("left lung") for name in CT_RATE_CLASSES if rng.random() < 0.4},
+                   np.packbits(rng.random((18, 16, 16, 8)) < 0.1)) for _ in range(count)]
 
 
 @pytest.fixture
@@ -88,6 +95,38 @@ def test_taps_are_the_voxels_they_say():
     assert max(LARGEST_SHIFT_DHW) < 16
 
 
+def test_moved_scan_is_the_scan_of_a_moved_volume():
+    """Against moving the voxels, away from the border, where what comes in is air or padding."""
+    volume = np.random.default_rng(2).uniform(-1, 1, (48, 64, 64)).astype(np.float32)  # D, H, W
+    places = np.random.default_rng(3).random((18, 8, 8, 6)) < 0.3
+    sample = Sample(gather_taps(volume), {}, np.packbits(places))
+    by = (2, -1, 1)
+    taps, found = moved(sample, by)
+    expected = gather_taps(np.roll(volume, (8 * by[2], 8 * by[0], 8 * by[1]), (0, 1, 2)))
+    np.testing.assert_array_equal(taps[5:, : 64 // 4 - 3, 3:], expected[5:, : 64 // 4 - 3, 3:])
+    np.testing.assert_array_equal(found[:, 2:, :7, 1:], np.roll(places, by, (1, 2, 3))[:, 2:, :7, 1:])
+    assert not found[:, :2].any()
+    assert not found[:, :, 7:].any()
+    before_first = [offset < 0 and axis == 0 for axis, offset in TAPS]
+    assert (taps[0, 2:-3, 2:-3][..., before_first] == BYTE_SCALE).all()  # the convolution's padding
+    assert (taps[1, 2:-3, 2:-3] == 0).all()  # air
+
+
+def test_cells_hold_what_findings_changed():
+    """A box in the stored volume lands in the cells around the voxels where preprocessing puts it."""
+    spacing, preprocessing = (2.0, 1.8, 4.0), Preprocessing((64, 128, 128), spacing_hwd_mm=(3, 3, 4.5))
+    changed = np.zeros((150, 190, 70), bool)
+    changed[60:80, 100:103, 30:42] = True
+    shown = preprocess(Volume("box", np.where(changed, 200, -1000).astype(np.int16), (), spacing, "LPS"), preprocessing)
+    starts, window = (3, 5, 2), (112, 112, 56)
+    part = shown.transpose(1, 2, 0)[3 : 3 + 112, 5 : 5 + 112, 2 : 2 + 56] > 0
+    found = gather_places(changed, spacing, preprocessing, starts, window)
+    expected = np.zeros((14, 14, 7), bool)
+    expected[tuple(((np.argwhere(part) + PLACE_CELL // 2) // PLACE_CELL).T)] = True
+    assert expected.any()
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_report_loss_is_that_of_clip():
     """Against the definition: mean of minus log of softmax, both ways, at temperature e."""
     images, texts = (F.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
@@ -116,6 +155,8 @@ def test_run_saves_what_the_reader_takes(out: Path, monkeypatch: pytest.MonkeyPa
     assert "commitment" not in seen[0][1]
     assert "commitment" in seen[-1][1]
     assert all(np.isfinite(list(terms.values())).all() for _, terms in seen)
+    second_layer = found.encoder.s0.get_parameter("0.1.c1.0.weight")
+    assert not torch.equal(second_layer, nn.init.dirac_(second_layer.detach().clone()))  # it opened
     encoder = {name: value.clone() for name, value in found.encoder.state_dict().items()}
     before = found.model.to_visual_latent.weight.clone()
     found.tune(lambda step, terms: seen.append((step, terms)))
@@ -127,7 +168,7 @@ def test_run_saves_what_the_reader_takes(out: Path, monkeypatch: pytest.MonkeyPa
     found.model.eval()
     found.centre.eval()
     with torch.no_grad():
-        tokens, _ = found.tokens(found.batches(0).taps)
+        tokens, _ = found.tokens(found.stages(found.batches(0).taps)[-1])
         codes = found.book(tokens)
     found.amp = False
     found.save_checkpoint()
@@ -142,7 +183,7 @@ def test_run_saves_what_the_reader_takes(out: Path, monkeypatch: pytest.MonkeyPa
     taps = found.batches(0).taps.float() / BYTE_SCALE - 1
     with torch.no_grad():
         features = trainer.run_stages(model.visual_transformer.encoder, trainer.run_stem(
-            model.visual_transformer.encoder, taps))
+            model.visual_transformer.encoder, taps))[-1]
     again = features.permute(0, 4, 2, 3, 1).flatten(1, 3)
     assert float(F.cosine_similarity(again, tokens, dim=-1).mean()) > 0.99
     assert codes.shape == again.shape[:2]
