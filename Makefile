@@ -22,9 +22,8 @@ demo: $(READY)
 
 # Latency, memory and export error at the published size, 512x512x256, where weights do not matter.
 bench: $(READY)
-	$(BIN)/python -m dcformer_deploy.benchmarks.demo_checkpoint --out demo/untrained
-	$(BIN)/dcformer export demo/untrained/checkpoint.pth --tokenizer demo/untrained/tokenizer --out demo/untrained-bundle --force
-	$(BIN)/dcformer bench demo/untrained-bundle --checkpoint demo/untrained/checkpoint.pth --runs 3
+	$(BIN)/dcformer export --encoder dcformer-nano --random-weights 0 --out demo/untrained --force
+	$(BIN)/dcformer bench demo/untrained --runs 3
 
 # How the demo model was trained: about 2 hours on 2 cores with bfloat16 units (benchmarks/phantom/model/README.md).
 train: $(READY)

@@ -190,7 +190,7 @@ def measure(
         volume_dhw=shape,
         contenders=tuple(
             _summary(worker, latencies[worker.name], peaks[worker.name], latencies[first.name],
-                     first.embedding if job.checkpoint and worker is not first else None)
+                     first.embedding if job.same_weights and worker is not first else None)
             for worker in workers
         ),
     )

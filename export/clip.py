@@ -141,7 +141,8 @@ class Clip(nn.Module):
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
         self.reduction: Reduction = spec.reduction
-        self.visual_transformer = VisualTransformer(spec.encoder.build(), spec.encoder.channels, spec.codebook_size)
+        self.visual_transformer = VisualTransformer(spec.encoder.build(spec.input_size), spec.encoder.channels,
+                                                    spec.codebook_size)
         self.to_visual_latent = nn.Linear(spec.reduced_width, EMBEDDING_DIM, bias=False)
         self.text_transformer = spec.text.build()
         self.to_text_latent = nn.Linear(spec.text.hidden_size, EMBEDDING_DIM, bias=False)

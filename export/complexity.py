@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .clip import reduced_width
 from .registry import EMBEDDING_DIM, EncoderSpec, all_encoders
 
-#: Published figures are for volumes of (D, H, W) = (256, 512, 512).
-PUBLISHED_INPUT_SIZE = 512
 #: What a normalisation with weight and bias costs per element in the published count (fvcore's convention).
 NORM_OPERATIONS_PER_ELEMENT = 5
 
@@ -21,20 +20,22 @@ class Complexity:
     """``multiply_accumulates`` of one forward pass of batch 1; ``params`` of the encoder without any head."""
 
     params: int
-    projection_params: int
     multiply_accumulates: int
 
 
-def count(spec: EncoderSpec, input_size: int = PUBLISHED_INPUT_SIZE) -> Complexity:
-    """Count on shapes alone: nothing is allocated or computed, so every size takes well under a second.
+def count(spec: EncoderSpec, input_size: int | None = None) -> Complexity:
+    """Count for volumes of (S/2, S, S), the published S by default.
+
+    On shapes alone: nothing is allocated or computed, so every size takes well under a second.
 
     The published count is fvcore's with the module in training mode: one operation per multiply-add of convolutions
     and matrix products, five per element of BatchNorm and LayerNorm, none for anything else. fvcore itself needs real
     tensors (gigabytes and minutes at full size, and it silently drops convolutions on the meta device), so torch's
     own counter does the counting; a test holds the two equal.
     """
+    input_size = input_size or spec.input_size
     with torch.device("meta"):
-        encoder = spec.build().train()
+        encoder = spec.build(input_size).train()
         volume = torch.empty(1, 1, input_size // 2, input_size, input_size)
 
     norm_elements = 0
@@ -51,7 +52,6 @@ def count(spec: EncoderSpec, input_size: int = PUBLISHED_INPUT_SIZE) -> Complexi
     products = counter.get_total_flops() // 2  # torch counts a multiply-add as two
     return Complexity(
         params=sum(p.numel() for p in encoder.parameters()),
-        projection_params=spec.channels * EMBEDDING_DIM,
         multiply_accumulates=products + NORM_OPERATIONS_PER_ELEMENT * norm_elements,
     )
 
@@ -79,14 +79,16 @@ def table() -> list[EncoderRow]:
     rows = []
     for spec in all_encoders():
         counted, published = count(spec), spec.published
-        includes_projection = published is not None and published.params_include_projection
+        projection = 0
+        if published is not None and published.params_include_projection:
+            projection = reduced_width(spec.reduction, spec.grid(spec.input_size), spec.channels) * EMBEDDING_DIM
         rows.append(EncoderRow(
             name=spec.name,
-            params_m=(counted.params + counted.projection_params * includes_projection) / 1e6,
+            params_m=(counted.params + projection) / 1e6,
             gflops=counted.multiply_accumulates / 1e9,
             published_params_m=published.params_m if published else None,
             published_gflops=published.gflops if published else None,
-            includes_projection=includes_projection,
+            includes_projection=projection > 0,
             published_f1=published.zero_shot_f1 if published else None,
         ))
     return rows

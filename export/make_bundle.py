@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -34,6 +35,7 @@ from ..runtime.text import Tokenizer
 from ..runtime.volume import ReadOptions, preprocess, read_nifti
 from .checkpoints import Checkpoint, read_checkpoint
 from .clip import Clip, Detector
+from .random_weights import random_checkpoint, write_tokenizer
 from .registry import EMBEDDING_DIM
 from .tokenizer import convert_tokenizer
 from .trace import trace_image_tower, trace_text_tower
@@ -88,11 +90,35 @@ def export_checkpoint(
         InputError: the checkpoint, the tokenizer or an option cannot be used.
         CheckFailed: the ONNX graphs do not compute what PyTorch computes; nothing is written.
     """
-    replaceable = MANIFEST_NAME if options.overwrite else None
-    require_replaceable(out, replaceable)  # before minutes of work, not after
-    import_onnxruntime()
+    _require_possible(out, options)
     on_stage("reading the checkpoint")
-    checkpoint = read_checkpoint(checkpoint_path, options.input_size, options.reduction)
+    return _export(read_checkpoint(checkpoint_path, options.input_size, options.reduction), out, options, on_stage)
+
+
+def export_random_weights(
+    encoder: str, seed: int, out: Path, options: ExportOptions, on_stage: Callable[[str], None] = lambda _: None
+) -> Manifest:
+    """Make the bundle ``out`` of an encoder with random weights and a small text tower; see ``random_weights``.
+
+    Raises:
+        InputError: no such encoder, or an option cannot be used.
+        CheckFailed: as ``export_checkpoint``.
+    """
+    _require_possible(out, options)
+    on_stage("drawing the weights")
+    checkpoint = random_checkpoint(encoder, seed, options.input_size, options.reduction)
+    with tempfile.TemporaryDirectory() as tokenizer:
+        write_tokenizer(Path(tokenizer))
+        return _export(checkpoint, out, replace(options, tokenizer=Path(tokenizer)), on_stage)
+
+
+def _require_possible(out: Path, options: ExportOptions) -> None:
+    """What can be known before minutes of work."""
+    require_replaceable(out, MANIFEST_NAME if options.overwrite else None)
+    import_onnxruntime()
+
+
+def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage: Callable[[str], None]) -> Manifest:
     classes = _class_names(checkpoint, options.classes)
     spec = checkpoint.spec
     side = spec.input_size
@@ -100,7 +126,7 @@ def export_checkpoint(
     if checkpoint.spacing_hwd_mm is not None:
         preprocessing = replace(preprocessing, spacing_hwd_mm=checkpoint.spacing_hwd_mm)
     real = _read_check_scan(options.check_scan or example_ct(), preprocessing)
-    with atomic_folder(out, replaceable) as folder:
+    with atomic_folder(out, MANIFEST_NAME if options.overwrite else None) as folder:
         tokenizer = None
         if options.tokenizer is not None:
             tokenizer = convert_tokenizer(options.tokenizer, spec.text, folder / TOKENIZER_FILE)
@@ -128,7 +154,7 @@ def export_checkpoint(
             input_size=side,
             reduction=spec.reduction,
             embedding_dim=EMBEDDING_DIM,
-            source=Source(checkpoint.path.name, checkpoint.sha256, checkpoint.trained, options.license),
+            source=_source(checkpoint, options.license),
             preprocessing=preprocessing,
             graphs=tuple(graphs),
             text=tokenizer,
@@ -140,6 +166,11 @@ def export_checkpoint(
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def _source(checkpoint: Checkpoint, weights_license: str | None) -> Source:
+    name = checkpoint.path.name if checkpoint.path else None
+    return Source(name, checkpoint.sha256, checkpoint.trained, weights_license, checkpoint.random_seed)
 
 
 def _class_names(checkpoint: Checkpoint, given: Sequence[str] | None) -> tuple[str, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import InputError, suggestion
+from ..runtime.manifest import Reduction
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +29,7 @@ class Published:
 
     params_m: float
     gflops: float
-    params_include_projection: bool
+    params_include_projection: bool = False
     zero_shot_f1: float | None = None
 
 
@@ -35,20 +37,31 @@ class Published:
 class EncoderSpec:
     """How one image encoder is built and what it accepts.
 
-    ``build()`` returns a module mapping ``[B, 1, D, H, W]`` to ``[B, channels, H/stride, W/stride, D/stride]``.
-    ``checkpoint_name`` is the name used in ``args.model`` of the original training checkpoints.
+    ``build(S)`` returns a module for volumes of (S/2, S, S), mapping ``[B, 1, D, H, W]`` to
+    ``[B, channels, H', W', D']``, each side divided by its entry of ``stride_dhw``.
+    ``input_size``, ``reduction``: those it was published with. ``checkpoint_name``: how ``args.model`` of the original
+    training checkpoints calls it.
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[int], nn.Module]
     channels: int
-    stride: int
+    stride_dhw: tuple[int, int, int]
+    input_size: int = 512
+    reduction: Reduction = "channel"
     checkpoint_name: str | None = None
     published: Published | None = None
 
+    @property
+    def size_step(self) -> int:
+        """Every S that the encoder takes is a multiple of this."""
+        depth, height, width = self.stride_dhw
+        return math.lcm(2 * depth, height, width)
+
     def grid(self, input_size: int) -> tuple[int, int, int]:
         """Output grid (D', H', W') for a volume of (input_size/2, input_size, input_size)."""
-        return input_size // 2 // self.stride, input_size // self.stride, input_size // self.stride
+        depth, height, width = self.stride_dhw
+        return input_size // 2 // depth, input_size // height, input_size // width
 
 
 _REGISTRY: dict[str, EncoderSpec] = {}

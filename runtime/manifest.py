@@ -145,15 +145,26 @@ class DetectorTask:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from. ``trained`` is false for weights that are known to be random.
+    """Where the weights came from: a checkpoint, or a random number generator with a seed.
 
-    ``license``: of the weights, as the exporting user stated it; None if nothing was stated.
+    ``trained`` is false for weights that are known to be random. ``file`` and ``sha256`` of the checkpoint are None
+    where there was none. ``license``: of the weights, as the exporting user stated it; None if nothing was stated.
     """
 
-    file: str
-    sha256: str
+    file: str | None
+    sha256: str | None
     trained: bool
     license: str | None
+    random_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require((self.file is None) == (self.sha256 is None) == (self.random_seed is not None), "source.file",
+                 self.file, "a checkpoint with its sha256, or a random_seed")
+
+    def __str__(self) -> str:
+        if self.file is None or self.sha256 is None:
+            return f"random weights, seed {self.random_seed}"
+        return f"{self.file}, sha256 {self.sha256[:16]}" + ("" if self.trained else ", UNTRAINED")
 
 
 @dataclass(frozen=True)

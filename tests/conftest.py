@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import golden
-from dcformer_deploy.benchmarks.demo_checkpoint import vocabulary
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
+from dcformer_deploy.export.random_weights import vocabulary
 from dcformer_deploy.runtime import Model, load
 
 #: Largest relative error against the golden numbers. 1e-6 is measured, 1e-4 is promised to users.

@@ -33,7 +33,7 @@ class Case:
         return json.loads((DATA / f"{self.name}.keys.json").read_text())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {key: torch.from_numpy(np.asarray(_weight(key, tuple(shape)))) for key, shape in self.shapes.items()}
+        return {key: torch.from_numpy(np.asarray(weight(key, tuple(shape)))) for key, shape in self.shapes.items()}
 
     def arguments(self) -> argparse.Namespace:
         """As the original training script saves them."""
@@ -52,7 +52,8 @@ CASES = (NANO, Case("decomp_naive-depth-128", "dcformer-naive", "decomp_naive", 
          Case("decomp_nano-none-128", "dcformer-nano", "decomp_nano", "none"))
 
 
-def _weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
+def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor as a function of its name in the checkpoint and its shape."""
     # c1.1 and norm.0 are one tensor, drawn under its norm.* name.
     if twin := re.fullmatch(r"(.*)\.c([123])\.1\.(\w+)", key):
         key = f"{twin[1]}.norm.{int(twin[2]) - 1}.{twin[3]}"
@@ -65,7 +66,7 @@ def _weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.ones(shape, np.float32)
     if leaf == "running_var":
         return random.uniform(0.5, 1.5, shape).astype(np.float32)
-    if leaf == "gamma":
+    if leaf in ("gamma", "scale"):
         return random.uniform(0.5, 1.0, shape).astype(np.float32)
     if len(shape) == 1 and leaf == "weight":
         return random.uniform(0.8, 1.2, shape).astype(np.float32)

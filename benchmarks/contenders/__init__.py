@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Job:
-    """What to load: ``bundle`` folder; ``checkpoint`` file or None; CPU ``threads``; see each contender."""
+    """What to load: ``bundle`` folder; ``checkpoint`` file or None; CPU ``threads``; see each contender.
+
+    ``same_weights``: whether every contender has the bundle's weights, so that embeddings can be compared.
+    """
 
     bundle: str
     checkpoint: str | None
     threads: int
+    same_weights: bool = False
 
 
 class Contender(Protocol):

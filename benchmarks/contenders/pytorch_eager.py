@@ -18,23 +18,22 @@ class _Eager:
         import torch
 
         from ...export.checkpoints import read_checkpoint
-        from ...export.clip import Clip, ClipSpec, Detector, TextSpec
-        from ...export.registry import get_encoder
+        from ...export.clip import Detector
+        from ...export.random_weights import random_checkpoint
 
         torch.set_num_threads(job.threads)
         self._torch = torch
         manifest = open_bundle(job.bundle, verify=False).manifest
         if job.checkpoint is not None:
             model = read_checkpoint(Path(job.checkpoint), manifest.input_size, manifest.reduction).build()
-            self._clip = model.trained_model if isinstance(model, Detector) else model
             weights = "the checkpoint's weights"
+        elif (seed := manifest.source.random_seed) is not None:
+            model = random_checkpoint(manifest.encoder, seed, manifest.input_size, manifest.reduction).build()
+            weights = f"random weights, seed {seed}"
         else:
-            torch.manual_seed(0)
-            smallest_text = TextSpec(8, 64, 1, 64, 8, 2)  # never run here
-            codes = 8192
-            self._clip = Clip(ClipSpec(get_encoder(manifest.encoder), manifest.reduction, manifest.input_size, codes,
-                                       smallest_text)).eval()
+            model = random_checkpoint(manifest.encoder, 0, manifest.input_size, manifest.reduction).build()
             weights = "random weights"
+        self._clip = model.trained_model if isinstance(model, Detector) else model
         self._description = f"PyTorch {torch.__version__} eager, {job.threads} threads, {weights}"
 
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:

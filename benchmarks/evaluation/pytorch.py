@@ -25,8 +25,8 @@ class CheckpointEmbedder:
         manifest = bundle.manifest
         found = read_checkpoint(checkpoint, manifest.input_size, manifest.reduction)
         if found.sha256 != manifest.source.sha256:
-            raise InputError(f"{checkpoint}: not the checkpoint of {bundle.folder} (sha256 {found.sha256[:12]}…, the "
-                             f"bundle was made from {manifest.source.sha256[:12]}…)")
+            raise InputError(f"{checkpoint}: not the checkpoint of {bundle.folder}, which was made from "
+                             f"{manifest.source}")
         model = found.build()
         self._detector = model if isinstance(model, Detector) else None
         self._clip = model.trained_model if isinstance(model, Detector) else model

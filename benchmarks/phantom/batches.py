@@ -33,7 +33,7 @@ class TrainOptions:
     prevalence: float
     monitored_patients: int = 40
     warm_up: float = 0.05
-    open_stem_after: float = 0.94
+    open_stem_after: float = 0.965
     quantize_after: float = 0.6
     codebook_batches: int = 64
     tuning_steps: int = 600

@@ -51,7 +51,7 @@ def medical_material(scene: Scene, rng: np.random.Generator) -> Drawn:
         angles = np.linspace(0, 2 * np.pi, 14)
         for z in np.linspace(72, -30, rng.integers(6, 9)):
             ring = [(19 * np.cos(a), front + 2 + 11 * np.sin(a), z + 2 * np.sin(2 * a)) for a in angles]
-            canvas.tube(ring, 1.8, 3000.0)
+            canvas.tube(ring, 2.2, 3000.0)
             x = rng.uniform(-5, 5)  # the ends, twisted together in front of the sternum
             canvas.tube([(x, front - 9, z), (x + rng.uniform(-4, 4), front - 16, z + rng.uniform(-3, 3))], 2.8, 3000.0)
         return Drawn("sternotomy wires")
@@ -61,10 +61,10 @@ def medical_material(scene: Scene, rng: np.random.Generator) -> Drawn:
     if kind == "pacemaker":
         canvas.ellipsoid(place, (23, 6, 21), 3000.0)
         cx, cy, cz = patient.heart_centre
-        canvas.tube([*vein, (cx - 30, cy + 4, cz + 6), (cx + 26, cy - 16, cz - 26)], 1.6, 2600.0)
+        canvas.tube([*vein, (cx - 30, cy + 4, cz + 6), (cx + 26, cy - 16, cz - 26)], 2.2, 2600.0)
         return Drawn("pacemaker with its lead in the right ventricle")
     canvas.ellipsoid(place, (12, 7, 12), 2200.0)
-    canvas.tube(vein, 1.7, 1400.0)
+    canvas.tube(vein, 2.4, 1400.0)
     return Drawn("central venous port with its tip in the superior vena cava")
 
 
@@ -83,7 +83,7 @@ def arterial_calcification(scene: Scene, rng: np.random.Generator) -> Drawn:
         along = np.cross(axis, across)
         reach = rng.uniform(3, 9)
         shape = [centre - along * reach - across * 0.6, centre, centre + along * reach - across * 0.6]
-        scene.canvas.tube(shape, rng.uniform(1.8, 3.2), rng.uniform(650, 1250))
+        scene.canvas.tube(shape, rng.uniform(2.2, 3.8), rng.uniform(650, 1250))
     return Drawn("extensive" if count > 18 else "scattered")
 
 
@@ -94,14 +94,14 @@ def coronary_calcification(scene: Scene, rng: np.random.Generator) -> Drawn:
     cx, cy, cz = scene.patient.heart_centre
     for name in chosen:
         azimuth, slope = arteries[name]
-        for position in np.sort(rng.uniform(0.1, 0.85, rng.integers(4, 9))):
+        for position in np.sort(rng.uniform(0.1, 0.85, rng.integers(5, 10))):
             streak = []
             for step in np.linspace(0, rng.uniform(0.06, 0.14), 4):
                 t = position + step
                 direction = np.array([np.cos(azimuth + 0.5 * t), np.sin(azimuth + slope * t * 0.6), 0.75 - 1.5 * t])
                 direction /= np.linalg.norm(direction)
                 streak.append(_on_heart(scene, (cx, cy, cz), direction))
-            scene.canvas.tube(streak, rng.uniform(1.8, 2.8), rng.uniform(700, 1300))
+            scene.canvas.tube(streak, rng.uniform(2.4, 3.8), rng.uniform(700, 1300))
     return Drawn(" and ".join(chosen))
 
 
@@ -148,11 +148,11 @@ def lymphadenopathy(scene: Scene, rng: np.random.Generator) -> Drawn:
     """Enlarged nodes in the mediastinal fat: paratracheal, prevascular, subcarinal, hilar."""
     stations = {"right paratracheal": (-19, 2, 66), "prevascular": (4, -34, 52), "subcarinal": (2, 20, 12),
                 "right hilar": (-46, 2, 2), "left hilar": (50, 6, 2), "aortopulmonary": (32, -8, 48)}
-    chosen = list(rng.choice(list(stations), int(rng.integers(2, 6)), replace=False))
+    chosen = list(rng.choice(list(stations), int(rng.integers(3, 7)), replace=False))
     largest = 0.0
     for name in chosen:
         for _ in range(int(rng.integers(1, 4))):
-            radius = rng.uniform(7, 15)
+            radius = rng.uniform(8, 17)
             largest = max(largest, 2 * radius)
             centre = np.add(stations[name], rng.normal(0, 5, 3))
             scene.canvas.ellipsoid(centre, radius * rng.uniform(0.75, 1.25, 3), 46.0, rough=1.0, rng=rng)

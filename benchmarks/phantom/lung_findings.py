@@ -84,20 +84,19 @@ def atelectasis(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def lung_nodule(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """One to eight rounded nodules of 8 to 26 mm: solid, calcified, or ground glass."""
-    count = int(rng.integers(1, 9))
+    """Two to nine rounded nodules of 12 to 28 mm: solid, calcified, or ground glass."""
+    count = int(rng.integers(2, 10))
     largest, place = 0.0, ""
     kind = str(rng.choice(["solid", "solid", "calcified", "part-solid"]))
     for _ in range(count):
         _, name, share = _lobe(scene, rng)
-        radius = rng.uniform(4, 13)
+        radius = rng.uniform(6, 14)
         value = {"solid": 35.0, "calcified": 420.0, "part-solid": -250.0}[kind]
         scene.canvas.ellipsoid(_point_in(scene, share, rng, depth=4), radius * rng.uniform(0.85, 1.15, 3), value,
                                rough=0.5, rng=rng)
         if 2 * radius > largest:
             largest, place = 2 * radius, name
-    plural = "nodules, the largest" if count > 1 else "nodule,"
-    return Drawn(f"{kind} {plural} {size_in_mm(largest)} in the {place}")
+    return Drawn(f"{kind} nodules, the largest {size_in_mm(largest)} in the {place}")
 
 
 def lung_opacity(scene: Scene, rng: np.random.Generator) -> Drawn:
@@ -105,9 +104,9 @@ def lung_opacity(scene: Scene, rng: np.random.Generator) -> Drawn:
     _, first, share = _lobe(scene, rng)
     _, second, other = _lobe(scene, rng)
     region = np.maximum(share, other)
-    patches = _patches(scene, region, rng.uniform(0.3, 0.6), rng.uniform(22, 40), rng)
+    patches = _patches(scene, region, rng.uniform(0.35, 0.65), rng.uniform(22, 40), rng)
     # Adding, not replacing: what was brighter stays brighter.
-    scene.canvas.hu += patches * rng.uniform(200, 360) * (scene.canvas.hu < -200)
+    scene.canvas.hu += patches * rng.uniform(240, 400) * (scene.canvas.hu < -200)
     return Drawn(first if first == second else f"{first} and {second}")
 
 
@@ -118,7 +117,7 @@ def fibrotic_sequela(scene: Scene, rng: np.random.Generator) -> Drawn:
     for side in sides:
         apex = scene.lungs[side] * (canvas.z > rng.uniform(50, 75))
         # Where the blurred lung has fallen under one half lies within a few mm of the pleura.
-        depth = blur(scene.lungs[side], 3.0, canvas.grid)
+        depth = blur(scene.lungs[side], 5.0, canvas.grid)
         patchy = np.clip(1.5 * smooth_noise(apex.shape, [14 / s for s in canvas.grid.spacing_mm], rng) + 0.3, 0, 1)
         canvas.fill(np.clip((0.8 - depth) / 0.15, 0, 1) * patchy * apex, 10.0)
         for _ in range(int(rng.integers(6, 13))):
@@ -126,7 +125,7 @@ def fibrotic_sequela(scene: Scene, rng: np.random.Generator) -> Drawn:
             hilum = np.array([(-36.0, 38.0)[side], 10.0, 22.0])
             steps = np.linspace(0, rng.uniform(0.3, 0.6), 5)
             path = [start + (hilum - start) * step + rng.normal(0, 3.5, 3) for step in steps]
-            canvas.tube(path, [rng.uniform(1.4, 3.2) for _ in path], rng.uniform(-40, 60), scene.lungs[side])
+            canvas.tube(path, [rng.uniform(2.0, 4.5) for _ in path], rng.uniform(-40, 60), scene.lungs[side])
     return Drawn("apices of both lungs" if len(sides) == 2 else f"{SIDES[sides[0]]} apex")
 
 
@@ -155,7 +154,7 @@ def consolidation(scene: Scene, rng: np.random.Generator) -> Drawn:
     side, name, lobe = _lobe(scene, rng)
     centre = _point_in(scene, lobe, rng)
     canvas = scene.canvas
-    radii = rng.uniform(22, 42, 3)
+    radii = rng.uniform(28, 52, 3)
     distance = np.sqrt(sum(((axis - c) / r) ** 2 for axis, c, r in zip((canvas.x, canvas.y, canvas.z), centre, radii,
                                                                        strict=True)))
     ragged = distance + 0.13 * smooth_noise(lobe.shape, [16 / s for s in canvas.grid.spacing_mm], rng)

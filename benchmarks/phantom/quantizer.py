@@ -45,11 +45,17 @@ class CodebookTrainer:
         self._dead_below = dead_below
 
     @torch.no_grad()
-    def start(self, tokens: Tensor, batches: int = 1, iterations: int = 10) -> None:
+    def start(self, tokens: Tensor, batches: float = 1) -> None:
+        """Fit the codes to the tokens ``[n, C]`` of some batches, beginning with some of them at random."""
+        embed = self._codebook.get_buffer("embed")
+        embed[0] = F.normalize(tokens, dim=-1)[self._pick(len(tokens), embed.shape[1])]
+        self.fit(tokens, batches)
+
+    @torch.no_grad()
+    def fit(self, tokens: Tensor, batches: float = 1, iterations: int = 10) -> None:
         """Fit the codes to the tokens ``[n, C]`` of some batches by spherical k-means (Dhillon and Modha, 2001)."""
         embed, average, size = (self._codebook.get_buffer(name) for name in ("embed", "embed_avg", "cluster_size"))
         unit = F.normalize(tokens, dim=-1)
-        embed[0] = unit[self._pick(len(unit), embed.shape[1])]
         for _ in range(iterations):
             codes = torch.cat([self._codebook(part) for part in unit.split(8192)])
             counts = torch.bincount(codes, minlength=embed.shape[1]).to(unit.dtype)

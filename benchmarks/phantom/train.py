@@ -2,9 +2,9 @@
 
 DCFormer-nano and a small BERT from scratch, with the symmetric contrastive loss and the temperature of the original
 (e, not trained) between scans and reports, and beside it the prompt loss of CT-CLIP's VocabFine (Hamamci et al.,
-arXiv:2403.17834): each of the 18 statements "... is present." against its negation. A linear head on the labels, which
-is dropped in the end, speeds the image tower up; at last projection and text tower are tuned with the image tower
-locked. An interrupted run goes on where it stopped. The result is a checkpoint in the original format with its
+arXiv:2403.17834): each of the 18 statements "... is present." against its negation. Two teachers that are
+dropped in the end speed the image tower up: a linear head on the labels, and linear maps of where each finding lies. At
+last projection and text tower are tuned with the image tower locked. An interrupted run goes on where it stopped. The result is a checkpoint in the original format with its
 tokenizer.
 """
 
@@ -76,7 +76,8 @@ def train(out: Path, samples: Path, options: TrainOptions, device: str, monitor_
         means = {name: round(statistics.mean(entry[name] for entry in recent if name in entry), 4) for name in terms}
         recent.clear()
         line = {"phase": phase, "step": step, "minutes": round((time.monotonic() - started) / 60, 1), "loss": means,
-                "mean_auroc": round(statistics.mean(scores.values()), 4), "head_auroc": round(head, 4), "auroc": scores}
+                "mean_auroc": round(statistics.mean(scores.values()), 4), "head_auroc": round(head, 4), "auroc": scores,
+                "head": judged["head"]}
         with (out / LOG_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         click.echo(f"{phase} {step}/{last}, {line['minutes']} min: {means}, AUROC mean {line['mean_auroc']:.3f}, "
@@ -91,9 +92,9 @@ def train(out: Path, samples: Path, options: TrainOptions, device: str, monitor_
 @click.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to train in.")
 @click.option("--samples", type=click.Path(path_type=Path), help="Folder of prepared phantoms; default: OUT/samples.")
-@click.option("--patients", type=click.IntRange(min=16), default=1000, show_default=True,
-              help="Each is painted three times with other findings.")
-@click.option("--steps", type=click.IntRange(min=1), default=2400, show_default=True)
+@click.option("--patients", type=click.IntRange(min=16), default=250, show_default=True,
+              help="Each is painted five times with other findings.")
+@click.option("--steps", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=2), default=16, show_default=True)
 @click.option("--learning-rate", type=float, default=1.5e-3, show_default=True)
 @click.option("--prevalence", type=float, default=0.3, show_default=True, help="Chance of each finding.")

@@ -33,10 +33,8 @@ ENCODER, REDUCTION = "dcformer-nano", "channel"
 #: A field of view of 384 x 384 x 288 mm: the published 0.75 and 1.5 mm would show a quarter of the chest at this size.
 PREPROCESSING = Preprocessing(shape_dhw=(128, 256, 256), spacing_hwd_mm=(1.5, 1.5, 2.25))
 INPUT_SIZE = PREPROCESSING.shape_dhw[1]
-CODEBOOK_SIZE = 2048
-STATEMENT_WEIGHT, HEAD_WEIGHT, PLACE_WEIGHT, COMMITMENT_WEIGHT = 3.0, 4.0, 20.0, 0.25
-#: Places are taught to so many of the last stages.
-LOCALIZED = 3
+CODEBOOK_SIZE = 4096
+STATEMENT_WEIGHT, HEAD_WEIGHT, PLACE_WEIGHT, COMMITMENT_WEIGHT = 3.0, 4.0, 2.0, 0.25
 #: Learning rates of the text tower, and of the stem's layers that open late, as shares of the image tower's.
 TEXT_SHARE, LATE_SHARE = 0.5, 5.0
 CHECKPOINT_NAME, STATE_NAME = "checkpoint.pth", "training_state.pt"
@@ -68,7 +66,8 @@ class Trainer:
         # contrastive losses alone teach the image tower far more slowly.
         width = spec.reduced_width
         self.head = nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, len(CT_RATE_CLASSES))).to(self.device)
-        self.localizer = Localizer(stage_channels(encoder)[-LOCALIZED:]).to(self.device)
+        some = torch.from_numpy(np.stack([sample.places for sample in samples[::8]]).astype(np.float32))
+        self.localizer = Localizer(stage_channels(encoder), some).to(self.device)
         extra = [*self.head.parameters(), *self.localizer.parameters()]
         self.optimizer = torch.optim.AdamW(_parameter_groups(model, extra), betas=(0.9, 0.98))
         self.step = 0
@@ -128,7 +127,7 @@ class Trainer:
         images = self.project(reduced)
         terms["report"] = report_loss(images, reports.float())
         terms["head"] = HEAD_WEIGHT * F.binary_cross_entropy_with_logits(self.head(reduced), labels)
-        terms["place"] = PLACE_WEIGHT * self.localizer(stages[-LOCALIZED:], batch.places.to(self.device))
+        terms["place"] = PLACE_WEIGHT * self.localizer(stages, batch.places.to(self.device))
         statement = statement_loss(images, prompts.float().unflatten(0, (-1, 2)), labels)
         terms["statement"] = STATEMENT_WEIGHT * statement
         return terms
@@ -188,12 +187,16 @@ class Trainer:
         self.save_state()
 
     def tune(self, on_step: Callable[[int, dict[str, float]], None]) -> None:
-        """Train projection and text tower alone, with the same losses, on the quantized features of all samples.
+        """Train projection and text tower alone, with the same losses, on the quantized tokens of all samples.
 
-        Locked-image tuning (Zhai et al., arXiv:2111.07991): with the image tower locked, its features are computed
-        once, and batches can be eight times as large. It takes minutes; interrupted, it begins again.
+        Locked-image tuning (Zhai et al., arXiv:2111.07991): with the image tower locked, its tokens are computed once,
+        the codes are fitted to them, and batches can be eight times as large. It takes minutes; interrupted, it begins
+        again.
         """
-        features = self._locked_features()
+        tokens, grid = self._locked_tokens()
+        self.codebook.fit(tokens.flatten(0, 1), len(tokens) / self.options.batch_size)
+        codes = torch.stack([self.book(row[None])[0] for row in tokens])
+        features = self.reduce(F.embedding(codes, self.book.embed[0]), grid)
         scale = 1 / features.std(dim=0).clamp(min=1e-6)
         projection = nn.Linear(features.shape[1], self.model.to_visual_latent.out_features, bias=False).to(self.device)
         _project_out(projection, features.mean(dim=0) * scale)
@@ -221,16 +224,16 @@ class Trainer:
             on_step(step + 1, {name: float(term.detach()) for name, term in terms.items()})
 
     @torch.no_grad()
-    def _locked_features(self) -> Tensor:
-        """What the projection reads ``[n, …]`` of every sample, in evaluation mode."""
+    def _locked_tokens(self) -> tuple[Tensor, tuple[int, ...]]:
+        """Tokens ``[n, D'H'W', C]`` of every sample in evaluation mode, and their grid."""
         for module in (self.model, self.centre):
             module.eval()
-        rows = []
+        rows, grid = [], ()
         for start in range(0, len(self.batches.samples), self.options.batch_size):
             part = self.batches.samples[start : start + self.options.batch_size]
             tokens, grid = self.tokens(self.stages(torch.from_numpy(np.stack([sample.taps for sample in part])))[-1])
-            rows.append(self.reduce(F.embedding(self.book(tokens), self.book.embed[0]), grid))
-        return torch.cat(rows)
+            rows.append(tokens)
+        return torch.cat(rows), grid
 
     def _learning_rate(self) -> float:
         return _scheduled(self.options.learning_rate, self.step / self.options.steps, self.options.warm_up)
@@ -297,13 +300,20 @@ class Trainer:
         self.step = int(state["step"])
 
     def save_checkpoint(self) -> None:
-        """The original format, without the optimizer's state, which is twice the size of the model."""
+        """The original format, without the optimizer's state, which is twice the size of the model.
+
+        The codebook's running means are those of a codebook at rest, which makes them the codes: stored once.
+        """
         arguments = argparse.Namespace(model=get_encoder(ENCODER).checkpoint_name, reduction=REDUCTION,
                                        input_size=INPUT_SIZE, spacing_hwd_mm=list(PREPROCESSING.spacing_hwd_mm))
         self.centre.fold(self.encoder)
+        book = "visual_transformer.vq._codebook."
+        state = self.model.cpu().state_dict()
+        state[f"{book}embed_avg"] = state[f"{book}embed"]
+        state[f"{book}cluster_size"] = torch.ones_like(state[f"{book}cluster_size"])
         epoch = self.step * self.options.batch_size // (self.options.patients * VARIANTS)
         with atomic_file(self.out / CHECKPOINT_NAME) as path:
-            torch.save({"model": self.model.cpu().state_dict(), "epoch": epoch, "args": arguments}, path)
+            torch.save({"model": state, "epoch": epoch, "args": arguments}, path)
 
 
 def _scheduled(peak: float, progress: float, warm_up: float) -> float:

@@ -34,7 +34,7 @@ _CLASSIFIER = "classifier.weight"
 _IGNORED = ("text_transformer.embeddings.position_ids", "text_transformer.embeddings.token_type_ids")
 #: Volumes are (S/2, S, S) and every side is a multiple of 64.
 _SIZE_STEP = 128
-_LARGEST_SIZE = 2048
+LARGEST_SIZE = 2048
 _LARGEST_SIDE = 1 << 22
 
 
@@ -42,17 +42,19 @@ _LARGEST_SIDE = 1 << 22
 class Checkpoint:
     """A checkpoint understood: what to build, the tensors that fit it exactly, and where they came from.
 
-    ``trained`` is false where the file itself says that its weights are random (``args.untrained``).
+    ``path`` and ``sha256`` are None for random weights, which have a ``random_seed`` instead. ``trained`` is false for
+    them, and where a file itself says that its weights are random (``args.untrained``).
     ``spacing_hwd_mm``: voxel spacing that the model was trained at, where the file tells (``args.spacing_hwd_mm``);
     None means the published one. The original code has it as a constant, so only this project's training saves it.
     """
 
-    path: Path
-    sha256: str
+    path: Path | None
+    sha256: str | None
     spec: ClipSpec
     trained: bool
     spacing_hwd_mm: tuple[float, float, float] | None
     state_dict: Mapping[str, Tensor]
+    random_seed: int | None = None
 
     def build(self) -> Clip | Detector:
         """The PyTorch model with these weights, fp32, in evaluation mode."""
@@ -159,7 +161,8 @@ def _find_encoder(path: Path, shapes: Mapping[str, tuple[int, ...]], name_in_arg
     specs = {spec.name: spec for spec in all_encoders() if spec.checkpoint_name is not None}
     for name, spec in specs.items():
         with torch.device("meta"):
-            expected[name] = {key: tuple(value.shape) for key, value in spec.build().state_dict().items()}
+            tensors = spec.build(spec.input_size).state_dict()
+        expected[name] = {key: tuple(value.shape) for key, value in tensors.items()}
     # Compare what overlaps most, so that a damaged file is described against the encoder it was meant to be.
     best = max(specs, key=lambda name: len(found.items() & expected[name].items()) / len(expected[name] | found))
     if name_in_args is not None:
@@ -187,10 +190,10 @@ def _find_reduction(
         if name_in_args not in REDUCTIONS:
             raise InputError(f"{path}: args.reduction is {name_in_args!r}; expected one of {', '.join(REDUCTIONS)}")
         chosen = _agreed(path, "reduction", name_in_args, reduction, "--reduction")
-    if size is not None and (not isinstance(size, int) or size <= 0 or size % _SIZE_STEP or size > _LARGEST_SIZE):
+    if size is not None and (not isinstance(size, int) or size <= 0 or size % _SIZE_STEP or size > LARGEST_SIZE):
         raise InputError(f"{path}: input size {size!r}: expected a positive multiple of {_SIZE_STEP} up to "
-                         f"{_LARGEST_SIZE} (the volume is (S/2, S, S), every side a multiple of 64)")
-    sizes = [size] if size is not None else list(range(_SIZE_STEP, _LARGEST_SIZE + 1, _SIZE_STEP))
+                         f"{LARGEST_SIZE} (the volume is (S/2, S, S), every side a multiple of 64)")
+    sizes = [size] if size is not None else list(range(_SIZE_STEP, LARGEST_SIZE + 1, _SIZE_STEP))
     fits: list[tuple[Reduction, int]] = [
         (kind, candidate)
         for kind in REDUCTIONS

@@ -126,9 +126,9 @@ def _spec(variant: str, blocks: Sequence[int], channels: Sequence[int], checkpoi
           published: Published | None) -> EncoderSpec:
     return EncoderSpec(
         name=f"dcformer-{variant}",
-        build=lambda: DCFormer(blocks, channels),
+        build=lambda _: DCFormer(blocks, channels),
         channels=channels[-1],
-        stride=TOTAL_STRIDE,
+        stride_dhw=(TOTAL_STRIDE, TOTAL_STRIDE, TOTAL_STRIDE),
         checkpoint_name=checkpoint_name,
         published=published,
     )
@@ -137,7 +137,7 @@ def _spec(variant: str, blocks: Sequence[int], channels: Sequence[int], checkpoi
 register(_spec("nano", (1, 1, 1, 1), (32, 32, 64, 128, 256), "decomp_nano",
                Published(params_m=0.92, gflops=34.21, params_include_projection=True, zero_shot_f1=41.9)))
 register(_spec("naive", (2, 2, 2, 2), (32, 64, 128, 256, 512), "decomp_naive",
-               Published(params_m=5.85, gflops=49.48, params_include_projection=False, zero_shot_f1=44.5)))
+               Published(params_m=5.85, gflops=49.48, zero_shot_f1=44.5)))
 register(_spec("tiny", (2, 3, 3, 2), (64, 96, 192, 384, 768), "decomp_tiny",
                Published(params_m=15.1, gflops=168.2, params_include_projection=True, zero_shot_f1=46.3)))
 register(_spec("small", (2, 3, 6, 2), (64, 96, 192, 384, 768), "decomp_small", None))

@@ -42,9 +42,10 @@ def command(bundle: Path, runs: int, threads: int | None, checkpoint: Path | Non
     if checkpoint is not None:
         require_file(checkpoint, "checkpoint")
         if (found := sha256_file(checkpoint)) != manifest.source.sha256:
-            raise InputError(f"{checkpoint}: sha256 {found[:12]}…, but {bundle} was made from {manifest.source.file}, "
-                             f"{manifest.source.sha256[:12]}…; pass that one, or none")
-    job = Job(str(bundle), str(checkpoint) if checkpoint else None, Options(threads=threads).thread_count)
+            raise InputError(f"{checkpoint}: sha256 {found[:12]}…, but {bundle} was made from {manifest.source}; pass "
+                             "that one, or none")
+    job = Job(str(bundle), str(checkpoint) if checkpoint else None, Options(threads=threads).thread_count,
+              checkpoint is not None or manifest.source.random_seed is not None)
     with progress() as display:
         report = measure(names, job, manifest.encoder, manifest.preprocessing.shape_dhw, runs, display.stage)
     if as_json:

@@ -14,40 +14,55 @@ from .output import print_json, progress
 
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", help="Folder to make.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
               help="Folder with the text encoder's vocab.txt or tokenizer.json.")
+@click.option("--encoder", metavar="NAME", help="With --random-weights: an encoder of `dcformer encoders`.")
+@click.option("--random-weights", "seed", type=click.IntRange(min=0), metavar="SEED",
+              help="Instead of CHECKPOINT: weights as PyTorch initialises them, for benchmarking. Scores mean nothing.")
 @click.option("--no-tokenizer", is_flag=True, help="Make a bundle that takes token ids but no texts.")
 @click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
               help="Class names, one per line, instead of CT-RATE's 18 pathologies.")
 @click.option("--input-size", type=int, metavar="S",
-              help="Volumes of (S/2, S, S); only where the checkpoint does not tell.")
-@click.option("--reduction", type=click.Choice(REDUCTIONS), help="Only where the checkpoint does not tell.")
+              help="Volumes of (S/2, S, S); for random weights, and where the checkpoint does not tell.")
+@click.option("--reduction", type=click.Choice(REDUCTIONS),
+              help="For random weights, and where the checkpoint does not tell.")
 @click.option("--check-scan", type=click.Path(path_type=Path), metavar="SCAN",
               help="CT for the comparison with PyTorch, instead of the one that comes with this program.")
 @click.option("--license", "weights_license", metavar="TEXT", help="Licence of the weights, for the manifest.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle (nothing else is ever replaced).")
 @json_option
 def command(
-    checkpoint: Path, out: Path, tokenizer: Path | None, no_tokenizer: bool, classes: Path | None,
-    input_size: int | None, reduction: Reduction | None, check_scan: Path | None,
-    weights_license: str | None, force: bool, as_json: bool,
+    checkpoint: Path | None, out: Path, tokenizer: Path | None, encoder: str | None, seed: int | None,
+    no_tokenizer: bool, classes: Path | None, input_size: int | None, reduction: Reduction | None,
+    check_scan: Path | None, weights_license: str | None, force: bool, as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT (original DCFormer .pth, bare state dict or .safetensors) into a bundle.
+    """Turn CHECKPOINT (original DCFormer .pth, bare state dict or .safetensors), or random weights, into a bundle.
 
     The ONNX graphs are compared with PyTorch on a real CT and on random input; the command fails, and writes nothing,
     if they differ by more than the stated tolerance.
     """
-    if (tokenizer is None) != no_tokenizer:
+    if checkpoint is None and (encoder is None or seed is None):
+        raise InputError("pass CHECKPOINT, or --encoder NAME and --random-weights SEED for a model without one")
+    if checkpoint is not None and (encoder is not None or seed is not None):
+        raise InputError("--encoder and --random-weights make a model without a checkpoint; drop them or CHECKPOINT")
+    if checkpoint is not None and (tokenizer is None) != no_tokenizer:
         raise InputError("--tokenizer DIR is needed to embed texts and score scans (or pass --no-tokenizer)"
                          if tokenizer is None else "--tokenizer and --no-tokenizer exclude each other")
+    if checkpoint is None and (tokenizer is not None or no_tokenizer):
+        raise InputError("random weights come with a text tower and its tokenizer; drop --tokenizer, --no-tokenizer")
     names = read_classes(classes)
-    from ...export.make_bundle import ExportOptions, export_checkpoint
+    from ...export.make_bundle import ExportOptions, export_checkpoint, export_random_weights
 
     options = ExportOptions(tokenizer, names, input_size, reduction, check_scan, weights_license, overwrite=force)
     with progress() as display:
-        manifest = export_checkpoint(checkpoint, out, options, display.stage)
+        if checkpoint is not None:
+            manifest = export_checkpoint(checkpoint, out, options, display.stage)
+        else:
+            assert encoder is not None
+            assert seed is not None
+            manifest = export_random_weights(encoder, seed, out, options, display.stage)
     if as_json:
         print_json({"bundle": str(out), "encoder": manifest.encoder, "input_size": manifest.input_size,
                     "reduction": manifest.reduction, "agreement": [vars(a) for a in manifest.agreement]})

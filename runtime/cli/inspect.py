@@ -53,7 +53,7 @@ def _facts(m: Manifest) -> list[tuple[str, str]]:
         ("texts", f"at most {m.text.max_tokens} tokens" if m.text else "no tokenizer"),
         ("zero-shot classes", str(len(m.zero_shot.classes)) if m.zero_shot else "none"),
         ("detector classes", str(len(m.detector.classes)) if m.detector else "none"),
-        ("weights", f"{m.source.file}, sha256 {m.source.sha256[:16]}" + ("" if m.source.trained else ", UNTRAINED")),
+        ("weights", str(m.source)),
         ("licence of the weights", m.source.license or "not stated"),
         ("made", f"{m.created} with " + ", ".join(f"{k} {v}" for k, v in m.tools.items())),
     ]

@@ -16,7 +16,7 @@ SHAPE = (64, 128, 128)
 
 
 def test_both_contenders_compute_the_same(pristine_bundle: Path, checkpoint: Path):
-    job = Job(str(pristine_bundle), str(checkpoint), threads=2)
+    job = Job(str(pristine_bundle), str(checkpoint), threads=2, same_weights=True)
     seen: list[str] = []
     report = measure(["pytorch", "onnxruntime"], job, "dcformer-nano", SHAPE, 3, seen.append)
     eager, bundle = report.contenders

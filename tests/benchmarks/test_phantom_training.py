@@ -19,7 +19,7 @@ from dcformer_deploy.runtime.manifest import CT_RATE_CLASSES
 
 def _encoder() -> DCFormer:
     torch.manual_seed(3)
-    encoder = get_encoder("dcformer-nano").build()
+    encoder = get_encoder("dcformer-nano").build(128)
     assert isinstance(encoder, DCFormer)
     for name, buffer in encoder.named_buffers():
         if name.endswith("running_mean"):
@@ -91,9 +91,10 @@ def test_places_are_pooled_around_what_a_position_looks_at():
 
 def test_localizer_learns_where_findings_are():
     torch.manual_seed(0)
-    places = (torch.rand(4, 18, 4, 4, 2) < 0.2).float()
-    stages = [torch.einsum("cf,bfhwd->bchwd", torch.randn(24, 18), places)]
-    localizer = Localizer([24])
+    rate = torch.linspace(0.02, 0.4, 18).view(1, 18, 1, 1, 1)
+    places = (torch.rand(6, 18, 8, 8, 8) < rate).float()
+    stages = [torch.einsum("cf,bfhwd->bchwd", torch.randn(24, 18), pool_places(places, (side,) * 3)) for side in (8, 4)]
+    localizer = Localizer([24, 24], places)
     optimizer = torch.optim.Adam(localizer.parameters(), lr=0.05)
     losses = []
     for _ in range(150):
@@ -102,6 +103,7 @@ def test_localizer_learns_where_findings_are():
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(2, rel=1e-3)  # one per stage: it begins with the rates
     assert losses[-1] < 0.1 * losses[0]
     unplaced = CT_RATE_CLASSES.index("Cardiomegaly")
     bias = localizer.readers[0].get_parameter("bias")
