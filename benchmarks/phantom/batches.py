@@ -23,7 +23,7 @@ MAX_TOKENS = 384
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What fixes a training; ``patients`` are painted three times each with other findings."""
+    """What fixes a training; ``patients`` are painted five times each with other findings."""
 
     patients: int
     steps: int
