@@ -2,9 +2,10 @@
 
 DCFormer-nano and a small BERT from scratch, with the symmetric contrastive loss and the temperature of the original
 (e, not trained) between scans and reports, and beside it the prompt loss of CT-CLIP's VocabFine (Hamamci et al.,
-arXiv:2403.17834): each of the 18 statements "... is present." against its negation. Two teachers that are dropped in the end speed the image tower up: a linear head on the labels, and
-linear maps of where each finding lies. At last projection and text tower are tuned with the image tower locked. An
-interrupted run goes on where it stopped. The result is a checkpoint in the original format with its tokenizer.
+arXiv:2403.17834): each of the 18 statements "... is present." against its negation. Two teachers that are dropped in
+the end speed the image tower up: a linear head on the labels, and linear maps of where each finding lies. At last
+projection and text tower are tuned with the image tower locked. An interrupted run goes on where it stopped. The result
+is a checkpoint in the original format with its tokenizer.
 """
 
 from __future__ import annotations
