@@ -122,7 +122,8 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
     classes = _class_names(checkpoint, options.classes)
     spec = checkpoint.spec
     side = spec.input_size
-    preprocessing = Preprocessing(shape_dhw=(side // 2, side, side))
+    form = spec.encoder.checkpoint
+    preprocessing = Preprocessing(shape_dhw=(side // 2, side, side), **(form.preprocessing if form else {}))
     if checkpoint.spacing_hwd_mm is not None:
         preprocessing = replace(preprocessing, spacing_hwd_mm=checkpoint.spacing_hwd_mm)
     real = _read_check_scan(options.check_scan or example_ct(), preprocessing)
@@ -137,7 +138,7 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
         on_stage("tracing the text tower")
         graphs.append(trace_text_tower(clip, spec, folder / TEXT_FILE))
         on_stage("comparing with PyTorch")
-        zero_shot = _zero_shot_task(classes) if tokenizer else None
+        zero_shot = _zero_shot_task(classes, checkpoint.similarity_scale) if tokenizer else None
         prompts = _prompt_ids(folder, tokenizer, zero_shot) if tokenizer and zero_shot else None
         agreement = _compare(model, clip, folder, real, prompts)
         require_agreement(agreement)
@@ -186,10 +187,11 @@ def _read_check_scan(path: Path, preprocessing: Preprocessing) -> NDArray[np.flo
     return preprocess(read_nifti(path, preprocessing.orientation, ReadOptions()), preprocessing)
 
 
-def _zero_shot_task(classes: tuple[str, ...]) -> ZeroShotTask:
+def _zero_shot_task(classes: tuple[str, ...], similarity_scale: float | None) -> ZeroShotTask:
     return ZeroShotTask(
         classes=classes, positive_prompt=POSITIVE_PROMPT, negative_prompt=NEGATIVE_PROMPT,
-        score="softmax_over_pair", similarity_scale=SIMILARITY_SCALE, prompt_embeddings=PROMPTS_FILE,
+        score="softmax_over_pair", similarity_scale=similarity_scale or SIMILARITY_SCALE,
+        prompt_embeddings=PROMPTS_FILE,
     )
 
 

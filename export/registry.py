@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import InputError, suggestion
 from ..runtime.manifest import Reduction
@@ -34,13 +34,27 @@ class Published:
 
 
 @dataclass(frozen=True)
+class CheckpointFormat:
+    """How the published checkpoints of an encoder hold it.
+
+    ``prefix``: of its tensors. ``name``: its name in ``args.model``, where there are args. ``unused``: beginnings,
+    below the prefix, of tensors that have no part in embedding. ``preprocessing``: what differs from the defaults of
+    ``Preprocessing``, by field.
+    """
+
+    prefix: str
+    name: str | None = None
+    unused: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class EncoderSpec:
     """How one image encoder is built and what it accepts.
 
     ``build(S)`` returns a module for volumes of (S/2, S, S), mapping ``[B, 1, D, H, W]`` to
     ``[B, channels, H', W', D']``, each side divided by its entry of ``stride_dhw``.
-    ``input_size``, ``reduction``: those it was published with. ``checkpoint_name``: how ``args.model`` of the original
-    training checkpoints calls it.
+    ``input_size``, ``reduction``: those it was published with. ``checkpoint``: None where nobody published weights.
     """
 
     name: str
@@ -49,7 +63,7 @@ class EncoderSpec:
     stride_dhw: tuple[int, int, int]
     input_size: int = 512
     reduction: Reduction = "channel"
-    checkpoint_name: str | None = None
+    checkpoint: CheckpointFormat | None = None
     published: Published | None = None
 
     @property

@@ -304,7 +304,9 @@ class Trainer:
 
         The codebook's running means are those of a codebook at rest, which makes them the codes: stored once.
         """
-        arguments = argparse.Namespace(model=get_encoder(ENCODER).checkpoint_name, reduction=REDUCTION,
+        form = get_encoder(ENCODER).checkpoint
+        assert form is not None
+        arguments = argparse.Namespace(model=form.name, reduction=REDUCTION,
                                        input_size=INPUT_SIZE, spacing_hwd_mm=list(PREPROCESSING.spacing_hwd_mm))
         self.centre.fold(self.encoder)
         book = "visual_transformer.vq._codebook."

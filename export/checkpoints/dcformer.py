@@ -1,4 +1,4 @@
-"""The checkpoints of the original DCFormer training code: CLIP pretraining and the fine-tuned detector.
+"""The checkpoints of the original DCFormer and CT-CLIP training codes: CLIP pretraining and the fine-tuned detector.
 
 Formats: ``{'model': state_dict, 'args': Namespace, …}`` as its ``save_model`` writes, a bare state dict, or
 safetensors; the detector wraps everything in ``trained_model.`` and adds ``classifier.``.
@@ -21,7 +21,7 @@ from ...runtime.errors import InputError, suggestion
 from ...runtime.files import sha256_file
 from ...runtime.manifest import REDUCTIONS, Reduction
 from ..clip import Clip, ClipSpec, Detector, TextSpec, reduced_width
-from ..registry import EncoderSpec, all_encoders
+from ..registry import CheckpointFormat, EncoderSpec, all_encoders
 from .files import read_tensors
 
 _ENCODER = "visual_transformer.encoder."
@@ -31,9 +31,11 @@ _PROJECTION = "to_visual_latent.weight"
 _DETECTOR = "trained_model."
 _CLASSIFIER = "classifier.weight"
 #: Buffers that older transformers releases saved and that are functions of the sizes alone.
-_IGNORED = ("text_transformer.embeddings.position_ids", "text_transformer.embeddings.token_type_ids")
-#: Volumes are (S/2, S, S) and every side is a multiple of 64.
-_SIZE_STEP = 128
+_IGNORED = ("text_transformer.embeddings.position_ids", "text_transformer.embeddings.token_type_ids",
+            # CT-CLIP makes these whether it uses them or not.
+            "to_text_latent_extra.weight", "to_visual_latent_extra.weight")
+#: CT-CLIP saves the logarithm of the similarity's scale; DCFormer's code creates it as 1 in each forward pass.
+_TEMPERATURE = "temperature"
 LARGEST_SIZE = 2048
 _LARGEST_SIDE = 1 << 22
 
@@ -46,6 +48,7 @@ class Checkpoint:
     them, and where a file itself says that its weights are random (``args.untrained``).
     ``spacing_hwd_mm``: voxel spacing that the model was trained at, where the file tells (``args.spacing_hwd_mm``);
     None means the published one. The original code has it as a constant, so only this project's training saves it.
+    ``similarity_scale``: what cosines are multiplied by, where the file tells.
     """
 
     path: Path | None
@@ -55,6 +58,7 @@ class Checkpoint:
     spacing_hwd_mm: tuple[float, float, float] | None
     state_dict: Mapping[str, Tensor]
     random_seed: int | None = None
+    similarity_scale: float | None = None
 
     def build(self) -> Clip | Detector:
         """The PyTorch model with these weights, fp32, in evaluation mode."""
@@ -76,12 +80,14 @@ def read_checkpoint(path: Path, input_size: int | None = None, reduction: Reduct
     """
     tensors, arguments = read_tensors(path)
     tensors = {key: value for key, value in tensors.items() if key.removeprefix(_DETECTOR) not in _IGNORED}
+    similarity_scale = _take_similarity_scale(path, tensors)
     tensors = _with_both_norm_names(tensors)
     is_detector = any(key.startswith(_DETECTOR) for key in tensors)
     shapes = {key.removeprefix(_DETECTOR): tuple(value.shape) for key, value in tensors.items()}
 
     _require_known_parts(path, shapes, is_detector)
     encoder = _find_encoder(path, shapes, getattr(arguments, "model", None))
+    tensors = _with_common_names(tensors, encoder)
     reduction, input_size = _find_reduction(path, encoder, shapes[_PROJECTION], arguments, input_size, reduction)
     spec = ClipSpec(
         encoder=encoder,
@@ -95,7 +101,43 @@ def read_checkpoint(path: Path, input_size: int | None = None, reduction: Reduct
     _require_finite(path, tensors)
     _require_equal_twins(path, tensors)
     trained = not getattr(arguments, "untrained", False)
-    return Checkpoint(path, sha256_file(path), spec, trained, _find_spacing(path, arguments), tensors)
+    return Checkpoint(path, sha256_file(path), spec, trained, _find_spacing(path, arguments), tensors,
+                      similarity_scale=similarity_scale)
+
+
+def _take_similarity_scale(path: Path, tensors: dict[str, Tensor]) -> float | None:
+    """The exponential of the temperature, which leaves ``tensors``."""
+    found = [tensors.pop(key) for key in (_TEMPERATURE, _DETECTOR + _TEMPERATURE) if key in tensors]
+    if not found:
+        return None
+    if found[0].numel() != 1 or not -10 < float(found[0]) < 10:
+        raise InputError(f"{path}: {_TEMPERATURE} is {found[0].flatten()[:4].tolist()}; expected one number, the "
+                         "logarithm of the similarity's scale")
+    return math.exp(float(found[0]))
+
+
+def _encoder_part(key: str, checkpoint: CheckpointFormat) -> str | None:
+    """The name of an encoder's tensor in its module; None for other tensors."""
+    if not key.startswith(checkpoint.prefix):
+        return None
+    name = key.removeprefix(checkpoint.prefix)
+    return None if name.startswith(("vq.", *checkpoint.unused)) else name
+
+
+def _with_common_names(tensors: Mapping[str, Tensor], encoder: EncoderSpec) -> dict[str, Tensor]:
+    """The encoder's tensors where ``Clip`` has them, and none that it does not need."""
+    assert encoder.checkpoint is not None
+    unused = tuple(encoder.checkpoint.prefix + beginning for beginning in encoder.checkpoint.unused)
+    renamed = {}
+    for key, value in tensors.items():
+        wrapper = _DETECTOR if key.startswith(_DETECTOR) else ""
+        inner = key.removeprefix(wrapper)
+        name = _encoder_part(inner, encoder.checkpoint)
+        if name is not None:
+            renamed[f"{wrapper}{_ENCODER}{name}"] = value
+        elif not unused or not inner.startswith(unused):
+            renamed[key] = value
+    return renamed
 
 
 def _require_known_parts(path: Path, shapes: Mapping[str, tuple[int, ...]], is_detector: bool) -> None:
@@ -154,26 +196,29 @@ def _require_equal_twins(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _find_encoder(path: Path, shapes: Mapping[str, tuple[int, ...]], name_in_args: str | None) -> EncoderSpec:
     """The registered encoder whose keys and shapes the file has; ``args.model``, if there, must say the same."""
-    found = {key.removeprefix(_ENCODER): shape for key, shape in shapes.items() if key.startswith(_ENCODER)}
-    if not found:
-        raise InputError(f"{path}: not a DCFormer checkpoint: no tensors below {_ENCODER!r}")
     expected: dict[str, dict[str, tuple[int, ...]]] = {}
-    specs = {spec.name: spec for spec in all_encoders() if spec.checkpoint_name is not None}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    formats = {spec.name: spec.checkpoint for spec in all_encoders() if spec.checkpoint is not None}
+    specs = {spec.name: spec for spec in all_encoders() if spec.name in formats}
     for name, spec in specs.items():
+        found[name] = {part: shape for key, shape in shapes.items() if (part := _encoder_part(key, formats[name]))}
         with torch.device("meta"):
             tensors = spec.build(spec.input_size).state_dict()
         expected[name] = {key: tuple(value.shape) for key, value in tensors.items()}
+    if not any(found.values()):
+        raise InputError(f"{path}: not a checkpoint of an encoder known here: no tensors below {_ENCODER!r}")
     # Compare what overlaps most, so that a damaged file is described against the encoder it was meant to be.
-    best = max(specs, key=lambda name: len(found.items() & expected[name].items()) / len(expected[name] | found))
+    best = max(specs, key=lambda name: len(found[name].items() & expected[name].items())
+               / len(expected[name] | found[name]))
     if name_in_args is not None:
-        known = {spec.checkpoint_name: name for name, spec in specs.items()}
+        known = {form.name: name for name, form in formats.items() if form.name is not None}
         if not isinstance(name_in_args, str) or name_in_args not in known:
             raise InputError(f"{path}: args.model is {name_in_args!r}, not one of {', '.join(sorted(map(str, known)))}"
                              f"{suggestion(str(name_in_args), map(str, known))}")
-        if known[name_in_args] != best and found == expected[best]:
+        if known[name_in_args] != best and found[best] == expected[best]:
             raise InputError(f"{path}: args.model says {name_in_args!r} but the tensors are those of {best}")
         best = known[name_in_args]
-    _require_same_keys(path, expected[best], found, best, prefix=_ENCODER)
+    _require_same_keys(path, expected[best], found[best], best, prefix=formats[best].prefix)
     return specs[best]
 
 
@@ -182,6 +227,7 @@ def _find_reduction(
     input_size: int | None, reduction: Reduction | None,
 ) -> tuple[Reduction, int]:
     """Reduction and input size that fit the projection's width, the file's ``args`` and the caller's options."""
+    step = encoder.size_step
     size_in_args = getattr(arguments, "input_size", None)
     size = _agreed(path, "input size", size_in_args, input_size, "--input-size")
     chosen = reduction
@@ -190,10 +236,10 @@ def _find_reduction(
         if name_in_args not in REDUCTIONS:
             raise InputError(f"{path}: args.reduction is {name_in_args!r}; expected one of {', '.join(REDUCTIONS)}")
         chosen = _agreed(path, "reduction", name_in_args, reduction, "--reduction")
-    if size is not None and (not isinstance(size, int) or size <= 0 or size % _SIZE_STEP or size > LARGEST_SIZE):
-        raise InputError(f"{path}: input size {size!r}: expected a positive multiple of {_SIZE_STEP} up to "
-                         f"{LARGEST_SIZE} (the volume is (S/2, S, S), every side a multiple of 64)")
-    sizes = [size] if size is not None else list(range(_SIZE_STEP, LARGEST_SIZE + 1, _SIZE_STEP))
+    if size is not None and (not isinstance(size, int) or size <= 0 or size % step or size > LARGEST_SIZE):
+        raise InputError(f"{path}: input size {size!r}: {encoder.name} takes positive multiples of {step} up to "
+                         f"{LARGEST_SIZE} (the volume is (S/2, S, S))")
+    sizes = [size] if size is not None else list(range(step, LARGEST_SIZE + 1, step))
     fits: list[tuple[Reduction, int]] = [
         (kind, candidate)
         for kind in REDUCTIONS

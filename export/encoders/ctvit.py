@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..registry import EncoderSpec, Published, register
+from ..registry import CheckpointFormat, EncoderSpec, Published, register
 from ..tokens import split_heads
 
 CHANNELS, HEADS, DEPTH = 512, 8, 4
@@ -182,4 +182,9 @@ class CTViT(nn.Module):
 
 register(EncoderSpec("ctvit", lambda _: CTViT(32, 16, 64), CHANNELS, (16, 32, 32), reduction="depth",
                      published=Published(101.1, 160.5, params_include_projection=True, zero_shot_f1=44.3)))
-register(EncoderSpec("ctvit-ctclip", lambda _: CTViT(20, 10, 32), CHANNELS, (10, 20, 20), 480, "depth"))
+# CT-CLIP's code scales Hounsfield units to [-1, 1] without DCFormer's narrower window.
+register(EncoderSpec("ctvit-ctclip", lambda _: CTViT(20, 10, 32), CHANNELS, (10, 20, 20), 480, "depth",
+                     checkpoint=CheckpointFormat(
+                         "visual_transformer.",
+                         unused=("to_pixels", "to_patch_emb_first_frame."),
+                         preprocessing={"window_hu": (-1000.0, 1000.0), "offset_hu": 0.0, "scale_hu": 1000.0})))

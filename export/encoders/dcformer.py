@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..registry import EncoderSpec, Published, register
+from ..registry import CheckpointFormat, EncoderSpec, Published, register
 
 STAGE_KERNELS = (13, 11, 9, 7)
 MLP_RATIO = 4
@@ -122,14 +122,14 @@ class DCFormer(nn.Module):
         return self.s4(self.s3(self.s2(self.s1(self.s0(x)))))
 
 
-def _spec(variant: str, blocks: Sequence[int], channels: Sequence[int], checkpoint_name: str | None,
+def _spec(variant: str, blocks: Sequence[int], channels: Sequence[int], checkpoint_name: str,
           published: Published | None) -> EncoderSpec:
     return EncoderSpec(
         name=f"dcformer-{variant}",
         build=lambda _: DCFormer(blocks, channels),
         channels=channels[-1],
         stride_dhw=(TOTAL_STRIDE, TOTAL_STRIDE, TOTAL_STRIDE),
-        checkpoint_name=checkpoint_name,
+        checkpoint=CheckpointFormat("visual_transformer.encoder.", checkpoint_name),
         published=published,
     )
 
