@@ -25,9 +25,9 @@ bench: $(READY)
 	$(BIN)/dcformer export --encoder dcformer-nano --random-weights 0 --out demo/untrained --force
 	$(BIN)/dcformer bench demo/untrained --runs 3
 
-# How the demo model was trained: about 2 hours on 2 cores with bfloat16 units (benchmarks/phantom/model/README.md).
+# How the demo model was trained: about an hour and a half on 2 cores (benchmarks/phantom/model/README.md).
 train: $(READY)
-	$(BIN)/python -m dcformer_deploy.benchmarks.phantom.train --out demo/training --patients 700 --steps 1700 --seed 20261123
+	$(BIN)/python -m dcformer_deploy.benchmarks.phantom.train --out demo/training --patients 240 --steps 2000 --seed 20261123
 
 # The demo model on phantoms that it was not trained on, as a bundle and in PyTorch.
 evaluate: $(READY)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,6 +62,7 @@ class EncoderRow:
     """One line of ``dcformer encoders``; ``params_m`` is counted with the same parts as the published figure."""
 
     name: str
+    input_size: int
     params_m: float
     gflops: float
     published_params_m: float | None
@@ -68,10 +70,9 @@ class EncoderRow:
     includes_projection: bool
     published_f1: float | None
 
-    def to_dict(self) -> dict[str, str | float | None]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields of the JSON output."""
-        return {"name": self.name, "params_m": self.params_m, "gflops": self.gflops,
-                "published_params_m": self.published_params_m, "published_gflops": self.published_gflops}
+        return asdict(self)
 
 
 def table() -> list[EncoderRow]:
@@ -84,6 +85,7 @@ def table() -> list[EncoderRow]:
             projection = reduced_width(spec.reduction, spec.grid(spec.input_size), spec.channels) * EMBEDDING_DIM
         rows.append(EncoderRow(
             name=spec.name,
+            input_size=spec.input_size,
             params_m=(counted.params + projection) / 1e6,
             gflops=counted.multiply_accumulates / 1e9,
             published_params_m=published.params_m if published else None,
