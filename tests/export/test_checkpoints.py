@@ -184,10 +184,10 @@ def test_missing_encoder_key_is_named_against_the_nearest_encoder(state_dict, tm
     ({"model": "decomp_nanno"}, "args.model is 'decomp_nanno', not one of .* did you mean 'decomp_nano'"),
     ({"reduction": "width"}, "args.reduction is 'width'; expected one of channel, depth, none"),
     ({"reduction": "depth"}, "reads 256 features, which no volume size gives"),
-    ({"input_size": 100}, "input size 100: expected a positive multiple of 128"),
-    ({"input_size": 128 * 10**9}, "expected a positive multiple of 128 up to 2048"),
+    ({"input_size": 100}, "input size 100: dcformer-nano takes positive multiples of 128"),
+    ({"input_size": 128 * 10**9}, "takes positive multiples of 128 up to 2048"),
     ({"model": ["decomp_nano"]}, "args.model is .* not one of"),
-    ({"input_size": "big"}, "input size 'big': expected a positive multiple of 128"),
+    ({"input_size": "big"}, "input size 'big': dcformer-nano takes positive multiples of 128"),
 ])
 def test_contradicting_arguments(state_dict, tmp_path: Path, changes, message: str):
     with pytest.raises(InputError, match=message):
