@@ -145,17 +145,19 @@ def hiatal_hernia(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def lymphadenopathy(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """Enlarged nodes in the mediastinal fat: paratracheal, prevascular, subcarinal, hilar."""
-    stations = {"right paratracheal": (-19, 2, 66), "prevascular": (4, -34, 52), "subcarinal": (2, 20, 12),
-                "right hilar": (-46, 2, 2), "left hilar": (50, 6, 2), "aortopulmonary": (32, -8, 48)}
-    chosen = list(rng.choice(list(stations), int(rng.integers(3, 7)), replace=False))
+    """Bulky nodes at both hila, as in sarcoidosis, and in the mediastinal fat: they bulge into the lungs."""
+    hila = {"right hilar": (-54, 2, 2), "left hilar": (57, 6, 2)}
+    mediastinum = {"right paratracheal": (-24, 0, 66), "prevascular": (4, -34, 52), "subcarinal": (2, 20, 12),
+                   "aortopulmonary": (36, -10, 46)}
+    chosen = hila | {str(name): mediastinum[name]
+                     for name in rng.choice(list(mediastinum), int(rng.integers(1, 5)), replace=False)}
     largest = 0.0
-    for name in chosen:
+    for place in chosen.values():
         for _ in range(int(rng.integers(1, 4))):
-            radius = rng.uniform(8, 17)
+            radius = rng.uniform(11, 19)
             largest = max(largest, 2 * radius)
-            centre = np.add(stations[name], rng.normal(0, 5, 3))
-            scene.canvas.ellipsoid(centre, radius * rng.uniform(0.75, 1.25, 3), 46.0, rough=1.0, rng=rng)
+            centre = np.add(place, rng.normal(0, 6, 3))
+            scene.canvas.ellipsoid(centre, radius * rng.uniform(0.8, 1.25, 3), 46.0, rough=1.0, rng=rng)
     return Drawn(f"{', '.join(chosen)}, the largest {size_in_mm(largest)}")
 
 

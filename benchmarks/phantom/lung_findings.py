@@ -84,16 +84,18 @@ def atelectasis(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def lung_nodule(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """Two to nine rounded nodules of 12 to 28 mm: solid, calcified, or ground glass."""
-    count = int(rng.integers(2, 10))
+    """Five to fourteen rounded nodules of 14 to 30 mm: solid, calcified, or ground glass with a solid core."""
+    count = int(rng.integers(5, 15))
     largest, place = 0.0, ""
     kind = str(rng.choice(["solid", "solid", "calcified", "part-solid"]))
+    value = {"solid": 35.0, "calcified": 420.0, "part-solid": -300.0}[kind]
     for _ in range(count):
         _, name, share = _lobe(scene, rng)
-        radius = rng.uniform(6, 14)
-        value = {"solid": 35.0, "calcified": 420.0, "part-solid": -250.0}[kind]
-        scene.canvas.ellipsoid(_point_in(scene, share, rng, depth=4), radius * rng.uniform(0.85, 1.15, 3), value,
-                               rough=0.5, rng=rng)
+        radius = rng.uniform(7, 15)
+        centre, radii = _point_in(scene, share, rng, depth=6), radius * rng.uniform(0.85, 1.15, 3)
+        scene.canvas.ellipsoid(centre, radii, value, rough=0.5, rng=rng)
+        if kind == "part-solid":
+            scene.canvas.ellipsoid(centre, 0.65 * radii, 30.0, rough=0.5, rng=rng)
         if 2 * radius > largest:
             largest, place = 2 * radius, name
     return Drawn(f"{kind} nodules, the largest {size_in_mm(largest)} in the {place}")
