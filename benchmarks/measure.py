@@ -69,7 +69,7 @@ class Report:
         return asdict(self)
 
 
-class _Worker:
+class Worker:
     """A contender in its own process."""
 
     def __init__(self, name: str, job: Job, shape: tuple[int, int, int]) -> None:
@@ -125,9 +125,10 @@ def _serve(connection: Connection, name: str, job: Job, shape: tuple[int, int, i
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
     try:
         start = time.perf_counter()
+        low, high = job.value_range
         volume = np.random.default_rng(_SEED).random((1, *shape), np.float32)
-        volume *= 2
-        volume -= 1
+        volume *= high - low
+        volume += low
         input_s = time.perf_counter() - start
         contender = open_contender(name, job)
         connection.send(("ready", (contender.describe(), contender.run(volume)[0], input_s)))
@@ -163,11 +164,11 @@ def measure(
     Raises:
         DcformerError: a contender cannot be loaded or its process died.
     """
-    workers: list[_Worker] = []
+    workers: list[Worker] = []
     try:
         for name in names:
             on_run(f"{name}: cold start")
-            workers.append(_Worker(name, job, shape))
+            workers.append(Worker(name, job, shape))
         latencies: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(runs + 1):
             # The order turns round every time, so that no contender always follows the same one.
@@ -196,7 +197,7 @@ def measure(
     )
 
 
-def _summary(worker: _Worker, latencies: list[float], peak: float, baseline: list[float],
+def _summary(worker: Worker, latencies: list[float], peak: float, baseline: list[float],
              reference: np.ndarray | None) -> Measurement:
     return Measurement(
         name=worker.name,

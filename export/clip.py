@@ -12,51 +12,28 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 from ..runtime.manifest import Reduction
 from .registry import EMBEDDING_DIM, EncoderSpec
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """Sizes of a BERT text encoder; a checkpoint has no config, so they follow from tensor shapes."""
-
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    intermediate_size: int
-    max_positions: int
-    token_types: int
-
-    def build(self) -> BertModel:
-        """A BertModel with random weights; heads = hidden / 64, as every published text encoder has."""
-        config = BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden_size // 64,
-            intermediate_size=self.intermediate_size,
-            max_position_embeddings=self.max_positions,
-            type_vocab_size=self.token_types,
-        )
-        config._attn_implementation = "eager"  # traces to MatMul-Softmax-MatMul, which every runtime fuses
-        return BertModel(config).eval()
+from .text import TextSpec
 
 
 @dataclass(frozen=True)
 class ClipSpec:
     """Everything that fixes the modules of one CLIP model.
 
-    ``input_size`` S means volumes of (D, H, W) = (S/2, S, S).
+    ``input_size`` S means volumes of (D, H, W) = (S/2, S, S). ``codebook_size``: None for models that read the
+    encoder's tokens as they are. ``class_count``: width of the fine-tuned detector's output; None for a plain CLIP
+    model. ``projection_bias``: whether the Linears to the joint space have one.
     """
 
     encoder: EncoderSpec
     reduction: Reduction
     input_size: int
-    codebook_size: int
+    codebook_size: int | None
     text: TextSpec
-    class_count: int | None = None  # width of the fine-tuned detector's output; None for a plain CLIP model
+    class_count: int | None = None
+    projection_bias: bool = False
 
     @property
     def reduced_width(self) -> int:
@@ -115,23 +92,23 @@ class VectorQuantizer(nn.Module):
 
 
 class VisualTransformer(nn.Module):
-    """Encoder and quantizer; the name is the state dict's, whatever the encoder is."""
+    """Encoder and quantizer, if there is one; the name is the state dict's, whatever the encoder is."""
 
-    def __init__(self, encoder: nn.Module, channels: int, codebook_size: int) -> None:
+    def __init__(self, encoder: nn.Module, channels: int, codebook_size: int | None) -> None:
         super().__init__()
         self.encoder = encoder
-        self.vq = VectorQuantizer(codebook_size, channels)
+        self.vq = None if codebook_size is None else VectorQuantizer(codebook_size, channels)
 
 
 class ImageOutputs(NamedTuple):
     """Outputs of the image tower.
 
-    ``embedding`` [B, 512] unit rows; ``codes`` [B, D'H'W'] int64, tokens in (D', H', W') order;
-    ``feature_map`` [B, C, H', W', D']: what the quantizer read.
+    ``embedding`` [B, 512] unit rows; ``codes`` [B, D'H'W'] int64, tokens in (D', H', W') order, None without a
+    quantizer; ``feature_map`` [B, C, H', W', D']: what the encoder computed.
     """
 
     embedding: Tensor
-    codes: Tensor
+    codes: Tensor | None
     feature_map: Tensor
 
 
@@ -143,29 +120,36 @@ class Clip(nn.Module):
         self.reduction: Reduction = spec.reduction
         self.visual_transformer = VisualTransformer(spec.encoder.build(spec.input_size), spec.encoder.channels,
                                                     spec.codebook_size)
-        self.to_visual_latent = nn.Linear(spec.reduced_width, EMBEDDING_DIM, bias=False)
+        self.to_visual_latent = nn.Linear(spec.reduced_width, EMBEDDING_DIM, bias=spec.projection_bias)
         self.text_transformer = spec.text.build()
-        self.to_text_latent = nn.Linear(spec.text.hidden_size, EMBEDDING_DIM, bias=False)
+        self.to_text_latent = nn.Linear(spec.text.hidden_size, EMBEDDING_DIM, bias=spec.projection_bias)
 
     def encode_image(self, volume: Tensor) -> ImageOutputs:
-        """Embed ``[B, 1, D, H, W]`` float volumes in [-1, 1]."""
+        """Embed preprocessed ``[B, 1, D, H, W]`` float volumes."""
         feature_map = self.visual_transformer.encoder(volume)
         tokens = feature_map.permute(0, 4, 2, 3, 1)  # [B, D', H', W', C], the order in which codes are counted
+        if self.visual_transformer.vq is None:
+            return ImageOutputs(self.embed_tokens(tokens), None, feature_map)
         codes = self.visual_transformer.vq(tokens.flatten(1, 3))
         return ImageOutputs(self.embed_codes(codes, tuple(tokens.shape[1:4])), codes, feature_map)
 
+    @property
+    def codebook(self) -> Codebook:
+        """The quantizer's; only for models that have one."""
+        assert self.visual_transformer.vq is not None
+        return self.visual_transformer.vq.codebook
+
     def embed_codes(self, codes: Tensor, grid: tuple[int, ...]) -> Tensor:
         """All that follows the quantizer: codes ``[B, D'H'W']`` on a (D', H', W') grid to unit rows ``[B, 512]``."""
-        quantized = F.embedding(codes, self.visual_transformer.vq.codebook.embed[0]).unflatten(1, grid)
-        return F.normalize(self.to_visual_latent(reduce_tokens(quantized, self.reduction)), dim=-1)
+        return self.embed_tokens(F.embedding(codes, self.codebook.embed[0]).unflatten(1, grid))
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """What the projection makes of tokens ``[B, D', H', W', C]``: unit rows ``[B, 512]``."""
+        return F.normalize(self.to_visual_latent(reduce_tokens(tokens, self.reduction)), dim=-1)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embed token ids ``[B, L]`` int64 with their mask ``[B, L]`` (1 = real token) into unit rows ``[B, 512]``."""
-        # The additive mask is made here rather than by BertModel.forward, whose mask code traces to dozens of nodes.
-        bert = self.text_transformer
-        embedded = bert.embeddings(input_ids=input_ids, token_type_ids=torch.zeros_like(input_ids))
-        ignored = (1 - attention_mask[:, None, None, :]).to(embedded.dtype)
-        hidden = bert.encoder(embedded, attention_mask=ignored * torch.finfo(embedded.dtype).min).last_hidden_state
+        hidden = self.text_transformer.states(input_ids, attention_mask)
         return F.normalize(self.to_text_latent(hidden[:, 0]), dim=-1)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ from ..runtime.manifest import (
     ZeroShotTask,
 )
 from ..runtime.text import Tokenizer
-from ..runtime.volume import ReadOptions, preprocess, read_nifti
+from ..runtime.volume import prepare_scan
 from .checkpoints import Checkpoint, read_checkpoint
 from .clip import Clip, Detector
 from .random_weights import random_checkpoint, write_tokenizer
@@ -57,7 +58,8 @@ _RANDOM_SEED = 0
 class ExportOptions:
     """What the caller adds to the checkpoint.
 
-    ``tokenizer``: folder with vocab.txt or tokenizer.json; None leaves the text tower without texts and prompts.
+    ``tokenizer``: folder with vocab.txt or tokenizer.json; None takes the one that came with the weights if
+    ``own_tokenizer``, else leaves the text tower without texts and prompts.
     ``classes``: names for zero-shot prompts and detector outputs; None = CT-RATE's 18.
     ``input_size``, ``reduction``: only where the checkpoint does not tell.
     ``check_scan``: a NIfTI file for the comparison with PyTorch; None = the CT that this package carries.
@@ -71,6 +73,7 @@ class ExportOptions:
     check_scan: Path | None = None
     license: str | None = None
     overwrite: bool = False
+    own_tokenizer: bool = True
 
 
 def example_ct() -> Path:
@@ -122,15 +125,12 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
     classes = _class_names(checkpoint, options.classes)
     spec = checkpoint.spec
     side = spec.input_size
-    form = spec.encoder.checkpoint
-    preprocessing = Preprocessing(shape_dhw=(side // 2, side, side), **(form.preprocessing if form else {}))
-    if checkpoint.spacing_hwd_mm is not None:
-        preprocessing = replace(preprocessing, spacing_hwd_mm=checkpoint.spacing_hwd_mm)
-    real = _read_check_scan(options.check_scan or example_ct(), preprocessing)
+    preprocessing = Preprocessing(shape_dhw=(side // 2, side, side), **checkpoint.preprocessing)
+    real = prepare_scan(options.check_scan or example_ct(), preprocessing)
     with atomic_folder(out, MANIFEST_NAME if options.overwrite else None) as folder:
         tokenizer = None
-        if options.tokenizer is not None:
-            tokenizer = convert_tokenizer(options.tokenizer, spec.text, folder / TOKENIZER_FILE)
+        if (source := options.tokenizer or (checkpoint.tokenizer if options.own_tokenizer else None)) is not None:
+            tokenizer = convert_tokenizer(source, spec.text, folder / TOKENIZER_FILE)
         model = checkpoint.build()
         clip = model.trained_model if isinstance(model, Detector) else model
         on_stage("tracing the image tower")
@@ -138,9 +138,9 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
         on_stage("tracing the text tower")
         graphs.append(trace_text_tower(clip, spec, folder / TEXT_FILE))
         on_stage("comparing with PyTorch")
-        zero_shot = _zero_shot_task(classes, checkpoint.similarity_scale) if tokenizer else None
+        zero_shot = _zero_shot_task(classes, checkpoint.scoring) if tokenizer else None
         prompts = _prompt_ids(folder, tokenizer, zero_shot) if tokenizer and zero_shot else None
-        agreement = _compare(model, clip, folder, real, prompts)
+        agreement = _compare(model, clip, folder, real, preprocessing.value_range, prompts)
         require_agreement(agreement)
         if prompts is not None:
             on_stage("embedding the prompts")
@@ -183,16 +183,12 @@ def _class_names(checkpoint: Checkpoint, given: Sequence[str] | None) -> tuple[s
     return classes
 
 
-def _read_check_scan(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    return preprocess(read_nifti(path, preprocessing.orientation, ReadOptions()), preprocessing)
-
-
-def _zero_shot_task(classes: tuple[str, ...], similarity_scale: float | None) -> ZeroShotTask:
-    return ZeroShotTask(
-        classes=classes, positive_prompt=POSITIVE_PROMPT, negative_prompt=NEGATIVE_PROMPT,
-        score="softmax_over_pair", similarity_scale=similarity_scale or SIMILARITY_SCALE,
-        prompt_embeddings=PROMPTS_FILE,
-    )
+def _zero_shot_task(classes: tuple[str, ...], differences: Mapping[str, Any]) -> ZeroShotTask:
+    usual: dict[str, Any] = {
+        "positive_prompt": POSITIVE_PROMPT, "negative_prompt": NEGATIVE_PROMPT, "score": "softmax_over_pair",
+        "similarity_scale": SIMILARITY_SCALE,
+    }
+    return ZeroShotTask(classes=classes, prompt_embeddings=PROMPTS_FILE, **{**usual, **differences})
 
 
 def _prompt_ids(
@@ -203,12 +199,12 @@ def _prompt_ids(
 
 
 def _compare(
-    model: Clip | Detector, clip: Clip, folder: Path, real: NDArray[np.float32],
+    model: Clip | Detector, clip: Clip, folder: Path, real: NDArray[np.float32], value_range: tuple[float, float],
     prompts: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
 ) -> list[Agreement]:
     """Image tower on the real and on a random volume; text tower on the prompts and on random ids with padding."""
     rng = np.random.default_rng(_RANDOM_SEED)
-    volumes = {"real": real[None], "random": rng.uniform(-1, 1, (1, *real.shape)).astype(np.float32)}
+    volumes = {"real": real[None], "random": rng.uniform(*value_range, (1, *real.shape)).astype(np.float32)}
     config = clip.text_transformer.config
     length = min(64, config.max_position_embeddings)
     mask = (np.arange(length) < np.array([[length], [length // 2], [1]])).astype(np.int64)
@@ -225,4 +221,4 @@ def _write_prompt_embeddings(
     ids, mask = prompts
     backend = open_graph(folder / TEXT_FILE, Options())
     (embeddings,) = backend.run({"input_ids": ids, "attention_mask": mask}, ["text_embedding"])
-    np.save(folder / PROMPTS_FILE, embeddings.reshape(class_count, 2, -1).astype(np.float32))
+    np.save(folder / PROMPTS_FILE, embeddings.reshape(class_count, -1, embeddings.shape[1]).astype(np.float32))

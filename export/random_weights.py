@@ -13,9 +13,11 @@ import torch
 
 from ..runtime.errors import InputError
 from ..runtime.manifest import CT_RATE_CLASSES, Reduction
-from .checkpoints.dcformer import LARGEST_SIZE, Checkpoint
-from .clip import ClipSpec, TextSpec
+from .checkpoints.dcformer import LARGEST_SIZE
+from .checkpoints.types import Checkpoint
+from .clip import ClipSpec
 from .registry import get_encoder
+from .text import TextSpec
 
 #: Of the published checkpoints.
 CODEBOOK_SIZE = 8192
@@ -56,5 +58,5 @@ def random_checkpoint(encoder: str, seed: int, input_size: int | None = None,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = clip_spec.build()
-    return Checkpoint(path=None, sha256=None, spec=clip_spec, trained=False, spacing_hwd_mm=None,
-                      state_dict=model.state_dict(), random_seed=seed)
+    return Checkpoint(path=None, sha256=None, spec=clip_spec, trained=False, state_dict=model.state_dict(),
+                      preprocessing=spec.checkpoint.preprocessing if spec.checkpoint else {}, random_seed=seed)

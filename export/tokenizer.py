@@ -9,7 +9,7 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from ..runtime.errors import DcformerWarning, InputError
 from ..runtime.manifest import Text
-from .clip import TextSpec
+from .text import TextSpec
 
 #: The published training truncates reports here.
 MAX_TOKENS = 512

@@ -31,8 +31,10 @@ class _ImageTower(nn.Module):
     def forward(self, volume: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.model, Detector):
             outputs = self.model.trained_model.encode_image(volume)
-            return *outputs, self.model.class_scores(outputs.embedding)
-        return tuple(self.model.encode_image(volume))
+            scores = self.model.class_scores(outputs.embedding)
+        else:
+            outputs, scores = self.model.encode_image(volume), None
+        return tuple(tensor for tensor in (*outputs, scores) if tensor is not None)
 
 
 class _TextTower(nn.Module):
@@ -51,7 +53,8 @@ def trace_image_tower(model: Clip | Detector, spec: ClipSpec, path: Path) -> Gra
     side = spec.input_size
     # Two volumes, because a traced axis of length 1 would be taken for a constant. Zeros cost no memory until written.
     example = (torch.zeros(2, 1, side // 2, side, side),)
-    outputs = ["image_embedding", "codes", "feature_map"] + ["class_scores"] * isinstance(model, Detector)
+    outputs = ["image_embedding", *["codes"] * (spec.codebook_size is not None), "feature_map",
+               *["class_scores"] * isinstance(model, Detector)]
     batch = torch.export.Dim(BATCH_AXIS, min=1)
     _trace(_ImageTower(model), example, path, ["volume"], outputs, {"volume": {0: batch}})
     return describe_graph("image", path)

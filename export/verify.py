@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,9 +17,13 @@ from .clip import Clip, Detector
 
 #: fp32 graphs differ from PyTorch by summation order only. `make demo` shows 1e-6, so this is a wide margin.
 TOLERANCE = 1e-4
+#: Some models amplify rounding: TransUNet's softmax of large scores leaves PyTorch's own fp32 result 2e-4 from fp64.
+#: Beyond TOLERANCE, a graph may differ from PyTorch by so many times PyTorch's own error, up to the limit.
+OWN_ERRORS, LARGEST_TOLERANCE = 4.0, 1e-2
 LARGEST_TIED_SHARE = 0.01
-#: Two codes whose cosine similarities differ by less than this are a tie that rounding may decide either way.
-NEAR_TIE = 1e-5
+#: Two codes whose cosine similarities differ by less than this share of the tolerance are a tie that rounding may
+#: decide either way.
+NEAR_TIE_SHARE = 0.1
 
 
 def compare(reference: NDArray[np.floating], found: NDArray[np.floating]) -> tuple[float, float]:
@@ -40,44 +45,59 @@ def check_image_tower(
     """Compare the graph with PyTorch on volumes ``[B, D, H, W]`` by name of input.
 
     The argmax of the quantizer is judged apart: feature maps must agree, codes must agree except where PyTorch itself
-    sees a tie, and the embedding is compared with what PyTorch makes of the graph's own codes.
+    sees a tie, and the embedding is compared with what PyTorch makes of the graph's own codes. Without a quantizer,
+    feature map and embedding are compared. The tolerance is ``TOLERANCE``, or what ``OWN_ERRORS`` says.
 
     Raises:
         CheckFailed: a code differs without a tie.
     """
     clip = model.trained_model if isinstance(model, Detector) else model
     backend = open_graph(path, Options())
-    names = ["feature_map", "codes", "image_embedding"] + ["class_scores"] * isinstance(model, Detector)
+    quantizes = clip.visual_transformer.vq is not None
+    names = ["feature_map", "image_embedding", *["codes"] * quantizes, *["class_scores"] * isinstance(model, Detector)]
     result = []
     for label, volume in volumes.items():
         found = dict(zip(names, backend.run({"volume": volume[:, None]}, names), strict=True))
         with torch.no_grad():
             expected = clip.encode_image(torch.from_numpy(volume[:, None]))
-            codes = torch.from_numpy(found["codes"])
-            codes_equal = _compare_codes(clip, expected.feature_map, expected.codes, codes, f"{path.name}, {label}")
-            height, width, depth = expected.feature_map.shape[2:]
-            embedding = clip.embed_codes(codes, (depth, height, width))
+            tolerance = _tolerance(clip, volume, expected.feature_map, found["feature_map"])
+            embedding, codes_equal = expected.embedding, None
+            if expected.codes is not None:
+                codes = torch.from_numpy(found["codes"])
+                codes_equal = _compare_codes(clip, expected.feature_map, expected.codes, codes,
+                                             NEAR_TIE_SHARE * tolerance, f"{path.name}, {label}")
+                height, width, depth = expected.feature_map.shape[2:]
+                embedding = clip.embed_codes(codes, (depth, height, width))
             reference = {"feature_map": expected.feature_map, "image_embedding": embedding}
             if isinstance(model, Detector):
                 reference["class_scores"] = model.class_scores(embedding)
         for output, tensor in reference.items():
             error, cosine = compare(tensor.numpy(), found[output])
             share = None if output == "feature_map" else codes_equal
-            result.append(Agreement(path.name, output, label, error, cosine, TOLERANCE, share))
+            result.append(Agreement(path.name, output, label, error, cosine, tolerance, share))
     return result
 
 
+def _tolerance(clip: Clip, volume: NDArray[np.float32], expected: torch.Tensor, found: NDArray[np.float32]) -> float:
+    """See ``OWN_ERRORS``; fp64, which takes twice the memory, runs only where the usual tolerance is missed."""
+    if compare(expected.numpy(), found)[0] <= TOLERANCE:
+        return TOLERANCE
+    exact = copy.deepcopy(clip.visual_transformer.encoder).double()(torch.from_numpy(volume[:, None]).double())
+    own = compare(exact.numpy(), expected.double().numpy())[0]
+    return min(max(TOLERANCE, OWN_ERRORS * own), LARGEST_TOLERANCE)
+
+
 def _compare_codes(clip: Clip, feature_map: torch.Tensor, expected: torch.Tensor, found: torch.Tensor,
-                   where: str) -> float:
+                   near_tie: float, where: str) -> float:
     """Share of equal codes; every other one must be a tie in PyTorch's own similarities."""
     differs = expected != found
     if differs.any():
         tokens = feature_map.permute(0, 4, 2, 3, 1).flatten(1, 3)
-        similarity = clip.visual_transformer.vq.codebook.similarities(tokens)
+        similarity = clip.codebook.similarities(tokens)
         gap = (similarity.gather(2, expected[..., None]) - similarity.gather(2, found[..., None]))[..., 0][differs]
-        if not gap.max() <= NEAR_TIE or differs.sum() > max(1, LARGEST_TIED_SHARE * differs.numel()):
+        if not gap.max() <= near_tie or differs.sum() > max(1, LARGEST_TIED_SHARE * differs.numel()):
             raise CheckFailed(f"{where}: {int(differs.sum())} of {differs.numel()} VQ codes differ from PyTorch, by up "
-                              f"to {gap.max():.2g} in similarity where {NEAR_TIE:g} would be rounding")
+                              f"to {gap.max():.2g} in similarity where {near_tie:g} would be rounding")
     return float(1 - differs.double().mean())
 
 

@@ -23,7 +23,10 @@ ROLES = ("image", "text")
 PRECISIONS = ("fp32",)
 Reduction = Literal["channel", "depth", "none"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
-SCORE_KINDS = ("softmax_over_pair",)
+#: Kinds of zero-shot score, and the number of prompts per class that each compares with.
+SCORE_KINDS = {"softmax_over_pair": 2, "sigmoid": 1}
+RESAMPLINGS = ("to_spacing", "to_shape")
+INTENSITIES = ("window", "min_max")
 
 #: The 18 findings of CT-RATE in label order (Hamamci et al., arXiv:2403.17834).
 CT_RATE_CLASSES = (
@@ -37,13 +40,17 @@ CT_RATE_CLASSES = (
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From Hounsfield units to what the image tower reads. The defaults are those of the published checkpoints.
+    """From a scan to what the image tower reads. The defaults are those of DCFormer's published checkpoints.
 
     Steps: clip to ``clip_hu`` and divide by ``resampling_scale_hu``; trilinear resampling (half-pixel centres, no
     antialiasing) to ``spacing_hwd_mm``; multiply back, clip to ``window_hu``; ``(v + offset_hu) / scale_hu``;
     centre-crop or pad with ``pad_value`` to ``shape_dhw``.
 
     ``orientation``: the directions in which the H, W and D indices grow (L left, P posterior, S superior).
+    ``resampling``: "to_shape" stretches the scan to ``shape_dhw`` whatever its spacing; nothing is cropped or padded.
+    ``intensity``: "min_max" maps the clipped scan's own minimum and maximum to 0 and 1 instead of a window, so that
+    the voxels need not be Hounsfield units.
+    ``crops_to_foreground``: first cut the scan to the box of all voxels above its minimum.
     """
 
     shape_dhw: tuple[int, int, int]
@@ -55,8 +62,22 @@ class Preprocessing:
     offset_hu: float = 400.0
     scale_hu: float = 600.0
     pad_value: float = -1.0
+    resampling: str = "to_spacing"
+    intensity: str = "window"
+    crops_to_foreground: bool = False
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """The smallest and the largest value that a preprocessed volume can hold."""
+        if self.intensity == "min_max":
+            return 0.0, 1.0
+        values = [(edge + self.offset_hu) / self.scale_hu for edge in self.window_hu] + [self.pad_value]
+        return min(values), max(values)
 
     def __post_init__(self) -> None:
+        for field, known in (("resampling", RESAMPLINGS), ("intensity", INTENSITIES)):
+            _require(getattr(self, field) in known, f"preprocessing.{field}", getattr(self, field),
+                     f"one of {', '.join(known)}")
         _require(all(side > 0 for side in self.shape_dhw), "preprocessing.shape_dhw", self.shape_dhw, "positive sides")
         _require(all(mm > 0 for mm in self.spacing_hwd_mm), "preprocessing.spacing_hwd_mm", self.spacing_hwd_mm,
                  "positive millimetres")
@@ -109,28 +130,40 @@ class Text:
 
 @dataclass(frozen=True)
 class ZeroShotTask:
-    """Zero-shot scoring: each class with two prompts, ``{}`` standing for its name.
+    """Zero-shot scoring: each class with one or two prompts, ``{}`` standing for its name.
 
-    ``softmax_over_pair``: score = first entry of softmax(scale * cosine(image, prompt)) over the two prompts.
-    ``prompt_embeddings`` holds the text embeddings of these prompts, float32 ``[classes, 2, 512]``, positive first.
+    ``score``: "softmax_over_pair" = first entry of softmax(scale * cosine(image, prompt)) over the two prompts;
+    "sigmoid" = sigmoid(scale * cosine(image, positive prompt) + bias), with no negative prompt.
+    ``prompt_embeddings``: file of the text embeddings of these prompts, float32 ``[classes, prompts, 512]``, positive
+    first.
     """
 
     classes: tuple[str, ...]
     positive_prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     score: str
     similarity_scale: float
     prompt_embeddings: str
+    similarity_bias: float = 0.0
 
     def __post_init__(self) -> None:
         _require_classes("zero_shot.classes", self.classes)
         _require(self.score in SCORE_KINDS, "zero_shot.score", self.score, f"one of {', '.join(SCORE_KINDS)}")
+        _require((self.negative_prompt is not None) == (self.prompt_count == 2), "zero_shot.negative_prompt",
+                 self.negative_prompt, f"a prompt or null, as {self.score} needs")
         for field in ("positive_prompt", "negative_prompt"):
-            _require(getattr(self, field).count("{}") == 1, f"zero_shot.{field}", getattr(self, field), "one {}")
+            prompt = getattr(self, field)
+            _require(prompt is None or prompt.count("{}") == 1, f"zero_shot.{field}", prompt, "one {}")
 
-    def prompts(self, class_name: str) -> tuple[str, str]:
-        """The positive and the negative prompt of a class."""
-        return self.positive_prompt.replace("{}", class_name), self.negative_prompt.replace("{}", class_name)
+    @property
+    def prompt_count(self) -> int:
+        """Prompts per class: 2, or 1 where the score reads only the positive one."""
+        return SCORE_KINDS[self.score]
+
+    def prompts(self, class_name: str) -> tuple[str, ...]:
+        """The prompts of a class, the positive one first."""
+        templates = (self.positive_prompt, self.negative_prompt)
+        return tuple(template.replace("{}", class_name) for template in templates if template is not None)
 
 
 @dataclass(frozen=True)

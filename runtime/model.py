@@ -19,10 +19,11 @@ from .backends import Backend, Options, open_graph
 from .bundle import Bundle, open_bundle
 from .errors import BundleError, InputError
 from .manifest import Graph, Manifest, ZeroShotTask
+from .scoring import probabilities
 from .text import Tokenizer
-from .volume import ReadOptions, preprocess, read_nifti
+from .volume import ReadOptions, prepare_scan, preprocess, read_scan
 
-#: A file to read, or a preprocessed volume ``[D, H, W]`` float32 in [-1, 1].
+#: A file to read, or a preprocessed volume ``[D, H, W]`` float32.
 Scan = str | Path | NDArray[np.float32]
 
 
@@ -95,7 +96,7 @@ class Model:
         self, path: str | Path, spacing: Sequence[float] | None = None, slope: float | None = None,
         intercept: float | None = None, orientation: str | None = None, metadata: str | Path | None = None,
     ) -> NDArray[np.float32]:
-        """Read a NIfTI scan into the image tower's input: ``[D, H, W]`` float32, values in [-1, 1].
+        """Read a NIfTI scan into the image tower's input: ``[D, H, W]`` float32, in [-1, 1] (the manifest tells).
 
         Args:
             path: ``.nii`` or ``.nii.gz``.
@@ -108,8 +109,7 @@ class Model:
             InputError: anything about the file that would have to be guessed; the message says what to pass.
         """
         options = ReadOptions(spacing, slope, intercept, orientation, metadata)
-        spec = self.manifest.preprocessing
-        return preprocess(read_nifti(path, spec.orientation, options), spec)
+        return prepare_scan(path, self.manifest.preprocessing, options)
 
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
         """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array.
@@ -134,8 +134,8 @@ class Model:
     ) -> dict[str, NDArray[Any]]:
         """Any output of the image tower for preprocessed volumes ``[B, D, H, W]``; None = all that the manifest lists.
 
-        ``image_embedding`` [B, 512], ``codes`` [B, tokens] int64, ``feature_map`` [B, C, H', W', D'], and for a
-        fine-tuned detector ``class_scores`` [B, classes].
+        ``image_embedding`` [B, 512], ``feature_map`` [B, C, H', W', D'], with a quantizer ``codes`` [B, tokens] int64,
+        and for a fine-tuned detector ``class_scores`` [B, classes].
 
         Raises:
             InputError: another shape, values outside the window, NaN.
@@ -158,11 +158,10 @@ class Model:
         low, high = float(volumes.min()), float(volumes.max())  # NaN anywhere makes both NaN
         if not np.isfinite([low, high]).all():
             raise InputError("volumes: NaN or infinite values; expected a finite preprocessed volume")
-        spec = self.manifest.preprocessing
-        bounds = [(edge + spec.offset_hu) / spec.scale_hu for edge in spec.window_hu] + [spec.pad_value]
-        if low < min(bounds) - 1e-4 or high > max(bounds) + 1e-4:
+        lowest, highest = self.manifest.preprocessing.value_range
+        if low < lowest - 1e-4 or high > highest + 1e-4:
             raise InputError(f"volumes: values from {low:g} to {high:g}; expected a preprocessed volume in "
-                             f"[{min(bounds):g}, {max(bounds):g}]. Pass a file, or use preprocess()")
+                             f"[{lowest:g}, {highest:g}]. Pass a file, or use preprocess()")
 
     def _run_image(self, volumes: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
         feeds = {"volume": np.ascontiguousarray(volumes[:, None], np.float32)}
@@ -200,7 +199,7 @@ class Model:
     # ------------------------------------------------------------------ scores
 
     def zero_shot(self, scan: Scan, classes: Sequence[str] | None = None, **read_options: Any) -> ZeroShot:
-        """Probability of each class for a scan, by its positive against its negative prompt.
+        """Probability of each class for a scan, by its prompts.
 
         Args:
             scan: file or preprocessed array.
@@ -219,7 +218,7 @@ class Model:
             with _timed(timings, "prompts"):
                 prompts = self._prompt_embeddings(task, names)
             with _timed(timings, "score"):
-                scores = _softmax_over_pair(prompts @ image * np.float32(task.similarity_scale))
+                scores = probabilities(prompts @ image, task)
         return ZeroShot(_name(scan), dict(zip(names, scores.tolist(), strict=True)), timings)
 
     def score_embeddings(
@@ -237,7 +236,7 @@ class Model:
         if embeddings.ndim != 2 or embeddings.shape[1] != width or not np.isfinite(embeddings).all():
             raise InputError(f"embeddings: shape {list(embeddings.shape)}; expected finite [n, {width}]")
         similarity = np.einsum("nd,cpd->ncp", embeddings, self._prompt_embeddings(task, names))
-        return _softmax_over_pair(similarity * np.float32(task.similarity_scale))
+        return probabilities(similarity, task)
 
     def classify(self, scan: Scan, **read_options: Any) -> Classification:
         """Class probabilities of a fine-tuned detector.
@@ -270,7 +269,7 @@ class Model:
             raise InputError(f"scan: {type(scan).__name__}; expected a path or a preprocessed array")
         spec = self.manifest.preprocessing
         with _timed(timings, "read"):
-            volume = read_nifti(scan, spec.orientation, ReadOptions(**read_options))
+            volume = read_scan(scan, spec, ReadOptions(**read_options))
         with _timed(timings, "preprocess"):
             return preprocess(volume, spec)
 
@@ -304,13 +303,13 @@ class Model:
         return task
 
     def _prompt_embeddings(self, task: ZeroShotTask, classes: tuple[str, ...]) -> NDArray[np.float32]:
-        """``[classes, 2, 512]``, positive prompt first; from the bundle for its own classes, else computed once."""
+        """``[classes, prompts, 512]``, positive first; from the bundle for its own classes, else computed once."""
         if classes not in self._prompts:
             if classes == task.classes:
                 self._prompts[classes] = self._stored_prompts(task)
             else:
                 texts = [text for name in classes for text in task.prompts(name)]
-                self._prompts[classes] = self.embed_text(texts).reshape(len(classes), 2, -1)
+                self._prompts[classes] = self.embed_text(texts).reshape(len(classes), task.prompt_count, -1)
         return self._prompts[classes]
 
     def _stored_prompts(self, task: ZeroShotTask) -> NDArray[np.float32]:
@@ -319,7 +318,7 @@ class Model:
             stored = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise BundleError(f"{path}: not a usable array ({error}); export the bundle again") from error
-        expected = (len(task.classes), 2, self.manifest.embedding_dim)
+        expected = (len(task.classes), task.prompt_count, self.manifest.embedding_dim)
         if stored.shape != expected or stored.dtype != np.float32:
             raise BundleError(f"{path}: {stored.dtype} {list(stored.shape)}; expected float32 {list(expected)}")
         return stored
@@ -332,12 +331,6 @@ def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names):
         raise InputError("classes: expected at least one name, each only once")
     return tuple(str(name) for name in names)
-
-
-def _softmax_over_pair(similarity: NDArray[np.float32]) -> NDArray[np.float32]:
-    """First entry of the softmax over the last axis of ``[..., 2]``."""
-    exponent = np.exp(similarity - similarity.max(axis=-1, keepdims=True))
-    return exponent[..., 0] / exponent.sum(axis=-1)
 
 
 def _name(scan: Scan) -> str:

@@ -35,10 +35,10 @@ def test_every_package_is_listed():
 def test_only_export_and_dev_bring_torch():
     parser = setup_cfg()
     extras = dict(parser["options.extras_require"])
-    assert set(extras) == {"cpu", "cuda", "evaluate", "export", "phantom", "tensorrt", "dev"}
-    for name in ("cpu", "cuda", "evaluate", "phantom", "tensorrt"):
+    assert set(extras) == {"bench", "cpu", "cuda", "evaluate", "export", "phantom", "tensorrt", "dev"}
+    for name in ("bench", "cpu", "cuda", "evaluate", "phantom", "tensorrt"):
         assert not any(word in extras[name].split() for word in ("torch", "transformers", "onnx"))
-    assert "torch" in extras["export"] and "dcformer-deploy[cpu,evaluate,export,phantom]" in extras["dev"]
+    assert "torch" in extras["export"] and "dcformer-deploy[bench,cpu,evaluate,export,phantom]" in extras["dev"]
     base = {line.split()[0] for line in parser["options"]["install_requires"].strip().splitlines()}
     assert base == {"numpy", "nibabel", "tokenizers", "dacite", "click", "rich"}
 

@@ -15,12 +15,14 @@ class Job:
     """What to load: ``bundle`` folder; ``checkpoint`` file or None; CPU ``threads``; see each contender.
 
     ``same_weights``: whether every contender has the bundle's weights, so that embeddings can be compared.
+    ``value_range``: of preprocessed volumes.
     """
 
     bundle: str
     checkpoint: str | None
     threads: int
     same_weights: bool = False
+    value_range: tuple[float, float] = (-1.0, 1.0)
 
 
 class Contender(Protocol):

@@ -13,6 +13,7 @@ from ...export.checkpoints import read_checkpoint
 from ...export.clip import Detector
 from ...runtime.bundle import Bundle
 from ...runtime.errors import BundleError, InputError
+from ...runtime.scoring import probabilities
 from ...runtime.text import Tokenizer
 from .run import Outputs
 
@@ -37,18 +38,17 @@ class CheckpointEmbedder:
         if not classifier and manifest.zero_shot is not None:
             task = manifest.zero_shot
             prompts = self.texts([text for name in task.classes for text in task.prompts(name)])
-            self._prompts = torch.from_numpy(prompts).unflatten(0, (-1, 2))
-            self._scale = task.similarity_scale
+            self._task, self._prompts = task, prompts.reshape(len(task.classes), task.prompt_count, -1)
 
     def image(self, volume: NDArray[np.float32]) -> Outputs:
         """See Embedder."""
         with torch.inference_mode():
             embedding = self._clip.encode_image(torch.from_numpy(volume[None, None])).embedding
             if self._classifier and self._detector is not None:
-                scores = self._detector.class_scores(embedding)[0]
+                scores = self._detector.class_scores(embedding)[0].numpy()
             else:
-                scores = (self._prompts @ embedding[0] * self._scale).softmax(dim=-1)[:, 0]
-        return Outputs(embedding[0].numpy(), scores.numpy())
+                scores = probabilities(self._prompts @ embedding[0].numpy(), self._task)
+        return Outputs(embedding[0].numpy(), scores)
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See Embedder."""

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from ...export.clip import Clip, ClipSpec, TextSpec, reduce_tokens
+from ...export.clip import Clip, ClipSpec, reduce_tokens
 from ...export.encoders.dcformer import DCFormer
 from ...export.registry import get_encoder
+from ...export.text import TextSpec
 from ...runtime.errors import InputError
 from ...runtime.files import atomic_file
 from ...runtime.manifest import CT_RATE_CLASSES, Preprocessing
@@ -59,7 +60,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(options.seed)
         encoder = model.visual_transformer.encoder
         assert isinstance(encoder, DCFormer)
-        self.encoder, self.book = encoder, model.visual_transformer.vq.codebook
+        self.encoder, self.book = encoder, model.codebook
         self.codebook = CodebookTrainer(self.book, self.generator)
         self.centre = Centre(spec.encoder.channels).to(self.device)
         # Only for training: labels read linearly from what the projection reads, normalised over the batch. The

@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,12 @@ from torch import Tensor
 from ...runtime.errors import InputError, suggestion
 from ...runtime.files import sha256_file
 from ...runtime.manifest import REDUCTIONS, Reduction
-from ..clip import Clip, ClipSpec, Detector, TextSpec, reduced_width
+from ..clip import ClipSpec, reduced_width
 from ..registry import CheckpointFormat, EncoderSpec, all_encoders
+from ..text import TextSpec
+from .checks import require_equal_twins, require_finite, require_fit, require_same_keys, with_both_norm_names
 from .files import read_tensors
+from .types import Checkpoint
 
 _ENCODER = "visual_transformer.encoder."
 _CODEBOOK = "visual_transformer.vq._codebook.embed"
@@ -40,34 +42,7 @@ LARGEST_SIZE = 2048
 _LARGEST_SIDE = 1 << 22
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint understood: what to build, the tensors that fit it exactly, and where they came from.
-
-    ``path`` and ``sha256`` are None for random weights, which have a ``random_seed`` instead. ``trained`` is false for
-    them, and where a file itself says that its weights are random (``args.untrained``).
-    ``spacing_hwd_mm``: voxel spacing that the model was trained at, where the file tells (``args.spacing_hwd_mm``);
-    None means the published one. The original code has it as a constant, so only this project's training saves it.
-    ``similarity_scale``: what cosines are multiplied by, where the file tells.
-    """
-
-    path: Path | None
-    sha256: str | None
-    spec: ClipSpec
-    trained: bool
-    spacing_hwd_mm: tuple[float, float, float] | None
-    state_dict: Mapping[str, Tensor]
-    random_seed: int | None = None
-    similarity_scale: float | None = None
-
-    def build(self) -> Clip | Detector:
-        """The PyTorch model with these weights, fp32, in evaluation mode."""
-        model = self.spec.build()
-        model.load_state_dict(dict(self.state_dict))
-        return model
-
-
-def read_checkpoint(path: Path, input_size: int | None = None, reduction: Reduction | None = None) -> Checkpoint:
+def read_dcformer(path: Path, input_size: int | None = None, reduction: Reduction | None = None) -> Checkpoint:
     """Read a checkpoint and find variant, input size and reduction from its ``args`` or its tensor shapes.
 
     Args:
@@ -80,8 +55,8 @@ def read_checkpoint(path: Path, input_size: int | None = None, reduction: Reduct
     """
     tensors, arguments = read_tensors(path)
     tensors = {key: value for key, value in tensors.items() if key.removeprefix(_DETECTOR) not in _IGNORED}
-    similarity_scale = _take_similarity_scale(path, tensors)
-    tensors = _with_both_norm_names(tensors)
+    scoring = _take_similarity_scale(path, tensors)
+    tensors = with_both_norm_names(tensors)
     is_detector = any(key.startswith(_DETECTOR) for key in tensors)
     shapes = {key.removeprefix(_DETECTOR): tuple(value.shape) for key, value in tensors.items()}
 
@@ -97,23 +72,25 @@ def read_checkpoint(path: Path, input_size: int | None = None, reduction: Reduct
         text=_find_text(path, shapes),
         class_count=shapes[_CLASSIFIER][0] if is_detector else None,
     )
-    _require_fit(path, spec, tensors)
-    _require_finite(path, tensors)
-    _require_equal_twins(path, tensors)
-    trained = not getattr(arguments, "untrained", False)
-    return Checkpoint(path, sha256_file(path), spec, trained, _find_spacing(path, arguments), tensors,
-                      similarity_scale=similarity_scale)
+    require_fit(path, spec, tensors)
+    require_finite(path, tensors)
+    require_equal_twins(path, tensors)
+    assert encoder.checkpoint is not None
+    return Checkpoint(
+        path, sha256_file(path), spec, trained=not getattr(arguments, "untrained", False), state_dict=tensors,
+        preprocessing={**encoder.checkpoint.preprocessing, **_find_spacing(path, arguments)}, scoring=scoring,
+    )
 
 
-def _take_similarity_scale(path: Path, tensors: dict[str, Tensor]) -> float | None:
-    """The exponential of the temperature, which leaves ``tensors``."""
+def _take_similarity_scale(path: Path, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """What cosines are multiplied by, where the file tells: the exponential of the temperature, removed from it."""
     found = [tensors.pop(key) for key in (_TEMPERATURE, _DETECTOR + _TEMPERATURE) if key in tensors]
     if not found:
-        return None
+        return {}
     if found[0].numel() != 1 or not -10 < float(found[0]) < 10:
         raise InputError(f"{path}: {_TEMPERATURE} is {found[0].flatten()[:4].tolist()}; expected one number, the "
                          "logarithm of the similarity's scale")
-    return math.exp(float(found[0]))
+    return {"similarity_scale": math.exp(float(found[0]))}
 
 
 def _encoder_part(key: str, checkpoint: CheckpointFormat) -> str | None:
@@ -157,43 +134,6 @@ def _require_known_parts(path: Path, shapes: Mapping[str, tuple[int, ...]], is_d
                              f"{_LARGEST_SIDE:,}")
 
 
-def _require_fit(path: Path, spec: ClipSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Keys, shapes and kinds of number must be those of the model."""
-    with torch.device("meta"):
-        expected = spec.build().state_dict()
-    _require_same_keys(path, {key: tuple(value.shape) for key, value in expected.items()},
-                       {key: tuple(value.shape) for key, value in tensors.items()}, spec.encoder.name)
-    for key, value in expected.items():
-        if value.is_floating_point() != tensors[key].is_floating_point():
-            raise InputError(f"{path}: {key} is {tensors[key].dtype}; expected "
-                             f"{'floating point' if value.is_floating_point() else 'integers'} (quantized weights have "
-                             "lost their scale)")
-
-
-def _with_both_norm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every BatchNorm is saved as ``c1.1`` and ``norm.0``; safetensors drops one name of tensors that share memory."""
-    complete = dict(tensors)
-    for key, value in tensors.items():
-        if twin := _twin_name(key):
-            complete.setdefault(twin, value)
-    return complete
-
-
-def _twin_name(key: str) -> str | None:
-    match = re.fullmatch(r"(.*)\.(c[123]\.1|norm\.[012])\.(\w+)", key)
-    if match is None:
-        return None
-    stem, slot, leaf = match.groups()
-    return f"{stem}.{f'norm.{int(slot[1]) - 1}' if slot.startswith('c') else f'c{int(slot[-1]) + 1}.1'}.{leaf}"
-
-
-def _require_equal_twins(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for key, value in tensors.items():
-        if (twin := _twin_name(key)) and not torch.equal(tensors[twin].double(), value.double()):
-            raise InputError(f"{path}: {key} and {twin} must be the same tensor but differ; the file was edited or "
-                             "merged from two trainings")
-
-
 def _find_encoder(path: Path, shapes: Mapping[str, tuple[int, ...]], name_in_args: str | None) -> EncoderSpec:
     """The registered encoder whose keys and shapes the file has; ``args.model``, if there, must say the same."""
     expected: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -218,7 +158,7 @@ def _find_encoder(path: Path, shapes: Mapping[str, tuple[int, ...]], name_in_arg
         if known[name_in_args] != best and found[best] == expected[best]:
             raise InputError(f"{path}: args.model says {name_in_args!r} but the tensors are those of {best}")
         best = known[name_in_args]
-    _require_same_keys(path, expected[best], found[best], best, prefix=formats[best].prefix)
+    require_same_keys(path, expected[best], found[best], best, prefix=formats[best].prefix)
     return specs[best]
 
 
@@ -259,14 +199,18 @@ def _find_reduction(
     return fits[0]
 
 
-def _find_spacing(path: Path, arguments: argparse.Namespace | None) -> tuple[float, float, float] | None:
+def _find_spacing(path: Path, arguments: argparse.Namespace | None) -> dict[str, tuple[float, float, float]]:
+    """Voxel spacing that the model was trained at, where the file tells; nothing means the published one.
+
+    The original code has it as a constant, so only this project's training saves it.
+    """
     spacing = getattr(arguments, "spacing_hwd_mm", None)
     if spacing is None:
-        return None
+        return {}
     if (not isinstance(spacing, list | tuple) or len(spacing) != 3
             or not all(isinstance(mm, int | float) and math.isfinite(mm) and 0.1 <= mm <= 20 for mm in spacing)):
         raise InputError(f"{path}: args.spacing_hwd_mm is {spacing!r}; expected three distances of 0.1 to 20 mm")
-    return float(spacing[0]), float(spacing[1]), float(spacing[2])
+    return {"spacing_hwd_mm": (float(spacing[0]), float(spacing[1]), float(spacing[2]))}
 
 
 def _agreed(path: Path, what: str, in_file: Any, given: Any, option: str) -> Any:
@@ -290,28 +234,3 @@ def _find_text(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> TextSpec:
         max_positions=shapes[f"{_TEXT}embeddings.position_embeddings.weight"][0],
         token_types=shapes[f"{_TEXT}embeddings.token_type_embeddings.weight"][0],
     )
-
-
-def _require_same_keys(path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]],
-                       name: str, prefix: str = "") -> None:
-    problems = []
-    for what, keys in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if keys:
-            problems.append(f"{len(keys)} {what} ({_some(prefix + key for key in sorted(keys))})")
-    misshaped = [key for key in sorted(expected.keys() & found.keys()) if expected[key] != found[key]]
-    if misshaped:
-        shown = (f"{prefix}{key} is {list(found[key])}, expected {list(expected[key])}" for key in misshaped)
-        problems.append(f"{len(misshaped)} misshaped ({_some(shown)})")
-    if problems:
-        raise InputError(f"{path}: tensors do not fit {name}: {'; '.join(problems)}")
-
-
-def _some(items: Iterable[str], limit: int = 10) -> str:
-    items = list(items)
-    return ", ".join(items[:limit]) + (f", and {len(items) - limit} more" if len(items) > limit else "")
-
-
-def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for key, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(f"{path}: {key} holds NaN or infinity; the training diverged or the file is damaged")

@@ -32,12 +32,12 @@ COMMANDS = {
     "evaluate": ("evaluate", "Judge a bundle on a data set in CT-RATE's layout: AUROC, F1, retrieval."),
     "encoders": ("encoders", "List the encoders with parameters and GFLOPs beside the published ones."),
     "phantom": ("phantom", "Make synthetic chest CTs with known findings, in CT-RATE's layout."),
-    "bench": ("bench", "Measure latency, memory and cold start, side by side with PyTorch."),
+    "bench": ("bench", "Measure latency and memory: a bundle beside PyTorch, or all encoders."),
 }
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "transformers": "export",
            "safetensors": "export", "onnxruntime": "cpu", "scipy": "phantom", "PIL": "phantom",
-           "sklearn": "evaluate"}
+           "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 
 class _LazyCommands(click.Group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
 
 import click
@@ -12,22 +13,47 @@ from ..backends.base import MOST_THREADS
 from ..bundle import open_bundle
 from ..errors import InputError
 from ..files import require_file, sha256_file
-from .options import bundle_argument, json_option
+from .options import json_option
 from .output import print_json, print_table, progress
 
 
 @click.command("bench")
-@bundle_argument
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--runs", type=click.IntRange(min=3), default=10, show_default=True, help="Measured inferences of each.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
               help="The checkpoint of BUNDLE: PyTorch then runs its weights, and embeddings are compared.")
+@click.option("--encoders", metavar="NAME,NAME,…",
+              help="Instead of BUNDLE: encoders with random weights, or 'all', beside each other.")
+@click.option("--size", type=click.IntRange(min=32), metavar="S",
+              help="With --encoders: volumes of SxSxS/2, or the nearest smaller that an encoder takes.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="With --encoders: write the table as Markdown, CSV and JSON there, and the plot.")
+@click.option("--bundles", type=click.Path(path_type=Path), metavar="DIR",
+              help="With --encoders: keep the exported bundles there, and use those that are there already.")
 @json_option
-def command(bundle: Path, runs: int, threads: int | None, checkpoint: Path | None, as_json: bool) -> None:
-    """Measure latency (median, p95), peak memory and cold start of BUNDLE's image tower.
+def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Path | None, encoders: str | None,
+            size: int | None, out: Path | None, bundles: Path | None, as_json: bool) -> None:
+    """Measure latency (median, p95), peak memory and cold start of BUNDLE's image tower, or of many encoders.
 
-    PyTorch eager runs beside it, by turns, where torch is installed.
+    With a BUNDLE, PyTorch eager runs beside it, by turns, where torch is installed.
     """
+    if (bundle is None) == (encoders is None):
+        raise InputError("pass a BUNDLE, or --encoders to measure encoders without one")
+    thread_count = Options(threads=threads).thread_count
+    if encoders is not None:
+        if size is None or checkpoint is not None:
+            raise InputError("--encoders needs --size S" if size is None else "--checkpoint is for a BUNDLE; drop it")
+        _bench_encoders(encoders, size, runs, thread_count, out, bundles, as_json)
+        return
+    for option, value in (("--size", size), ("--out", out), ("--bundles", bundles)):
+        if value is not None:
+            raise InputError(f"{option} is for --encoders; drop it")
+    assert bundle is not None
+    _bench_bundle(bundle, runs, thread_count, checkpoint, as_json)
+
+
+def _bench_bundle(bundle: Path, runs: int, threads: int, checkpoint: Path | None, as_json: bool) -> None:
     from ...benchmarks.contenders import Job
     from ...benchmarks.measure import measure
 
@@ -40,12 +66,13 @@ def command(bundle: Path, runs: int, threads: int | None, checkpoint: Path | Non
     else:
         names.insert(0, "pytorch")
     if checkpoint is not None:
-        require_file(checkpoint, "checkpoint")
-        if (found := sha256_file(checkpoint)) != manifest.source.sha256:
-            raise InputError(f"{checkpoint}: sha256 {found[:12]}…, but {bundle} was made from {manifest.source}; pass "
+        weights = checkpoint / (manifest.source.file or "") if checkpoint.is_dir() else checkpoint
+        require_file(weights, "checkpoint")
+        if (found := sha256_file(weights)) != manifest.source.sha256:
+            raise InputError(f"{weights}: sha256 {found[:12]}…, but {bundle} was made from {manifest.source}; pass "
                              "that one, or none")
-    job = Job(str(bundle), str(checkpoint) if checkpoint else None, Options(threads=threads).thread_count,
-              checkpoint is not None or manifest.source.random_seed is not None)
+    job = Job(str(bundle), str(checkpoint) if checkpoint else None, threads,
+              checkpoint is not None or manifest.source.random_seed is not None, manifest.preprocessing.value_range)
     with progress() as display:
         report = measure(names, job, manifest.encoder, manifest.preprocessing.shape_dhw, runs, display.stage)
     if as_json:
@@ -59,3 +86,26 @@ def command(bundle: Path, runs: int, threads: int | None, checkpoint: Path | Non
          f"{c.peak_rss_mb:.0f}", "-" if c.cosine is None else f"{c.cosine:.6f}")
         for c in report.contenders
     ))
+
+
+def _bench_encoders(names: str, size: int, runs: int, threads: int, out: Path | None, bundles: Path | None,
+                    as_json: bool) -> None:
+    from ...benchmarks.report import COLUMNS, cells, title, write_report
+    from ...benchmarks.survey import choose_encoders, export_all, survey
+
+    chosen = choose_encoders([name.strip() for name in names.split(",")])
+    # Two inferences in each process, so that there are several rounds to even out what else the machine does.
+    rounds = -(-runs // 2)
+    with tempfile.TemporaryDirectory() as temporary, progress() as display:
+        made = export_all(chosen, size, bundles or Path(temporary), display.stage)
+        result = survey(chosen, size, made, threads, rounds, 2, display.stage)
+    paths = write_report(result, out) if out is not None else []
+    if as_json:
+        print_json(result.to_dict())
+        return
+    print_table(title(result), COLUMNS, map(cells, result.encoders))
+    for row in result.encoders:
+        if row.problem:
+            click.echo(f"{row.encoder}: {row.problem}", err=True)
+    for path in paths:
+        click.echo(path)

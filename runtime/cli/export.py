@@ -38,7 +38,10 @@ def command(
     no_tokenizer: bool, classes: Path | None, input_size: int | None, reduction: Reduction | None,
     check_scan: Path | None, weights_license: str | None, force: bool, as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT (original DCFormer .pth, bare state dict or .safetensors), or random weights, into a bundle.
+    """Turn CHECKPOINT, or random weights, into a bundle.
+
+    CHECKPOINT is a file of the original DCFormer or CT-CLIP code (.pth, bare state dict or .safetensors), or the folder
+    of Med3DVLM's DCFormer-SigLIP with its config.json, model.safetensors and tokenizer.
 
     The ONNX graphs are compared with PyTorch on a real CT and on random input; the command fails, and writes nothing,
     if they differ by more than the stated tolerance.
@@ -47,15 +50,18 @@ def command(
         raise InputError("pass CHECKPOINT, or --encoder NAME and --random-weights SEED for a model without one")
     if checkpoint is not None and (encoder is not None or seed is not None):
         raise InputError("--encoder and --random-weights make a model without a checkpoint; drop them or CHECKPOINT")
-    if checkpoint is not None and (tokenizer is None) != no_tokenizer:
-        raise InputError("--tokenizer DIR is needed to embed texts and score scans (or pass --no-tokenizer)"
-                         if tokenizer is None else "--tokenizer and --no-tokenizer exclude each other")
+    if tokenizer is not None and no_tokenizer:
+        raise InputError("--tokenizer and --no-tokenizer exclude each other")
+    brings_tokenizer = checkpoint is not None and checkpoint.is_dir()
+    if checkpoint is not None and tokenizer is None and not no_tokenizer and not brings_tokenizer:
+        raise InputError("--tokenizer DIR is needed to embed texts and score scans (or pass --no-tokenizer)")
     if checkpoint is None and (tokenizer is not None or no_tokenizer):
         raise InputError("random weights come with a text tower and its tokenizer; drop --tokenizer, --no-tokenizer")
     names = read_classes(classes)
     from ...export.make_bundle import ExportOptions, export_checkpoint, export_random_weights
 
-    options = ExportOptions(tokenizer, names, input_size, reduction, check_scan, weights_license, overwrite=force)
+    options = ExportOptions(tokenizer, names, input_size, reduction, check_scan, weights_license, overwrite=force,
+                            own_tokenizer=not no_tokenizer)
     with progress() as display:
         if checkpoint is not None:
             manifest = export_checkpoint(checkpoint, out, options, display.stage)

@@ -46,12 +46,14 @@ def _facts(m: Manifest) -> list[tuple[str, str]]:
     return [
         ("encoder", f"{m.encoder}, {m.parameters / 1e6:.2f} M parameters in the encoder, reduction {m.reduction}"),
         ("volume (D, H, W)", " x ".join(map(str, p.shape_dhw))),
-        ("spacing (H, W, D)", " x ".join(f"{mm:g}" for mm in p.spacing_hwd_mm) + " mm"),
-        ("window", f"{p.window_hu[0]:g} to {p.window_hu[1]:g} HU, (v + {p.offset_hu:g}) / {p.scale_hu:g}"),
+        ("spacing (H, W, D)", " x ".join(f"{mm:g}" for mm in p.spacing_hwd_mm) + " mm" if
+         p.resampling == "to_spacing" else "any; stretched to the volume"),
+        ("intensity", f"{p.window_hu[0]:g} to {p.window_hu[1]:g} HU, (v + {p.offset_hu:g}) / {p.scale_hu:g}" if
+         p.intensity == "window" else "the scan's minimum to maximum, as 0 to 1"),
         ("orientation", p.orientation),
         ("graphs", ", ".join(f"{g.role} {g.precision} (opset {g.opset})" for g in m.graphs)),
         ("texts", f"at most {m.text.max_tokens} tokens" if m.text else "no tokenizer"),
-        ("zero-shot classes", str(len(m.zero_shot.classes)) if m.zero_shot else "none"),
+        ("zero-shot classes", f"{len(m.zero_shot.classes)}, {m.zero_shot.score}" if m.zero_shot else "none"),
         ("detector classes", str(len(m.detector.classes)) if m.detector else "none"),
         ("weights", str(m.source)),
         ("licence of the weights", m.source.license or "not stated"),

@@ -3,6 +3,7 @@
 from .nifti import read_nifti
 from .options import ReadOptions
 from .preprocess import preprocess
+from .scan import prepare_scan, read_scan
 from .types import Volume
 
-__all__ = ["ReadOptions", "Volume", "preprocess", "read_nifti"]
+__all__ = ["ReadOptions", "Volume", "prepare_scan", "preprocess", "read_nifti", "read_scan"]

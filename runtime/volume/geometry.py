@@ -18,6 +18,9 @@ from .types import Spacing
 _MILLIMETRE_CODES = (0, 2)  # NIfTI xyzt_units: unknown, which everyone takes for mm, and mm
 #: pixdim and affine may differ by rounding in the writing program, not by more (relative).
 _SPACING_TOLERANCE = 1e-3
+#: What a blank header is taken for: CT-RATE, where such files come from, stores axes to the left, the back and upwards;
+#: so does SimpleITK where nothing else was said.
+LPS_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _REMEDY = "pass --spacing X Y Z, or --metadata CSV for CT-RATE"
 
 
@@ -47,8 +50,12 @@ class Geometry:
         return bool(np.isfinite(self.affine).all()) and abs(np.linalg.det(self.affine[:3, :3])) > 0
 
 
-def choose_spacing(path: Path, geometry: Geometry, options: ReadOptions, metadata: VolumeMetadata | None) -> Spacing:
+def choose_spacing(path: Path, geometry: Geometry, options: ReadOptions, metadata: VolumeMetadata | None,
+                   needs_spacing: bool = True) -> Spacing:
     """Spacing along the stored axes: the caller's, else the metadata's, else the header's if it can be believed.
+
+    Args:
+        needs_spacing: false to take 1 mm from a blank header.
 
     Raises:
         InputError: the header is blank, impossible or contradicts itself.
@@ -61,6 +68,8 @@ def choose_spacing(path: Path, geometry: Geometry, options: ReadOptions, metadat
     if geometry.has_form:
         require_spacing(f"{path}: spacing in the header", pixdim, _REMEDY)
     if geometry.is_blank:
+        if not needs_spacing:
+            return 1.0, 1.0, 1.0
         raise InputError(f"{path}: blank header (no orientation, or unit spacing with identity): the voxel spacing is "
                          f"unknown; {_REMEDY}")
     if not geometry.is_regular:

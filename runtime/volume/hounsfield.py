@@ -50,17 +50,18 @@ class _Values:
     padding_share: float
 
 
-def check_hounsfield(path: Path, volume: Volume, explicit: bool) -> None:
+def check_voxels(path: Path, volume: Volume, needs_hounsfield: bool, explicit: bool) -> None:
     """Refuse voxels that are not finite or cannot be Hounsfield units; a constant volume passes.
 
     Args:
+        needs_hounsfield: false to refuse only those that are not finite.
         explicit: the caller gave slope and intercept, so a doubt is a warning and no refusal.
 
     Raises:
         InputError: NaN, infinity, or values that no CT of a chest has.
     """
     found = _measure(path, volume)
-    if found.lowest_hu == found.highest_hu:
+    if not needs_hounsfield or found.lowest_hu == found.highest_hu:
         return
     span = f"the values go from {found.lowest_hu:g} to {found.highest_hu:g}"
     if found.highest_hu > HIGHEST_HU:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import require_file
-from .geometry import Geometry, choose_spacing, reorient
-from .hounsfield import check_hounsfield
+from .geometry import LPS_AFFINE, Geometry, choose_spacing, reorient
+from .hounsfield import check_voxels
 from .metadata import VolumeMetadata, read_metadata
 from .options import AS_IN_FILE, AS_STORED, ReadOptions
 from .types import LinearMap, Volume
@@ -47,10 +47,15 @@ class _Header:
     geometry: Geometry
 
 
-def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadOptions = AS_IN_FILE) -> Volume:
+def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadOptions = AS_IN_FILE,
+               needs_hounsfield: bool = True, needs_spacing: bool = True) -> Volume:
     """Read a ``.nii`` or ``.nii.gz`` file.
 
     The voxels stay as stored (integers are not converted); the array is viewed in ``target_orientation``.
+
+    Args:
+        needs_hounsfield: false where voxels in other units will do.
+        needs_spacing: false where a blank header, which does not tell it, will do.
 
     Raises:
         InputError: missing, not NIfTI, truncated, not one grey-scale 3-D volume, larger than ``MAX_VOXELS``, spacing
@@ -63,14 +68,14 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
     header = _read_header(path)
     shape = _check_layout(path, header)
     metadata = read_metadata(options.metadata, path.name) if options.metadata is not None else None
-    spacing = choose_spacing(path, header.geometry, options, metadata)
+    spacing = choose_spacing(path, header.geometry, options, metadata, needs_spacing)
     stored = _read_voxels(path, header, shape)
-    # A blank header says nothing of directions; CT-RATE, where such files come from, stores them in LPS.
     orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
-    if orientation != AS_STORED and not header.geometry.is_blank:
-        stored, spacing = reorient(path, header.geometry.affine, stored, spacing, target_orientation)
+    if orientation != AS_STORED:
+        affine = LPS_AFFINE if header.geometry.is_blank else header.geometry.affine
+        stored, spacing = reorient(path, affine, stored, spacing, target_orientation)
     volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation)
-    check_hounsfield(path, volume, explicit=options.slope is not None and options.intercept is not None)
+    check_voxels(path, volume, needs_hounsfield, explicit=options.slope is not None and options.intercept is not None)
     return volume
 
 

@@ -6,7 +6,8 @@ Reference: the data set class of the published DCFormer and CT-CLIP code, which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,11 @@ def plan_axis(old_size: int, spacing_mm: float, target_mm: float, length: int) -
     new_size = int(old_size * (spacing_mm / target_mm))
     if new_size < 1:
         raise InputError(f"{old_size} voxels at {spacing_mm:g} mm are less than one voxel of {target_mm:g} mm")
+    return resize_axis(old_size, new_size, length)
+
+
+def resize_axis(old_size: int, new_size: int, length: int) -> AxisPlan:
+    """Resample ``old_size`` voxels to ``new_size``, then centre-crop or pad to ``length``."""
     first = max((new_size - length) // 2, 0)
     count = min(new_size, length)
     centres = np.arange(first, first + count, dtype=np.float32) + np.float32(0.5)
@@ -57,17 +63,17 @@ def plan_axis(old_size: int, spacing_mm: float, target_mm: float, length: int) -
 
 
 def preprocess(volume: Volume, spec: Preprocessing) -> NDArray[np.float32]:
-    """What the image tower reads: ``[D, H, W]`` float32, values in [-1, 1], of exactly ``spec.shape_dhw``.
+    """What the image tower reads: ``[D, H, W]`` float32, within ``spec.value_range``, of exactly ``spec.shape_dhw``.
 
     Raises:
-        InputError: the scan is smaller than one output voxel along an axis.
+        InputError: the scan is smaller than one output voxel along an axis, or has one value only and is to be scaled
+            from its minimum to its maximum.
     """
     depth, height, width = spec.shape_dhw
+    if spec.intensity == "min_max" or spec.crops_to_foreground:
+        volume, spec = _fit_to_scan(volume, spec)
     try:
-        plan_h, plan_w, plan_d = (
-            plan_axis(volume.stored.shape[axis], volume.spacing_hwd_mm[axis], spec.spacing_hwd_mm[axis], length)
-            for axis, length in enumerate((height, width, depth))
-        )
+        plan_h, plan_w, plan_d = (_plan(volume, spec, axis, side) for axis, side in enumerate((height, width, depth)))
     except InputError as error:
         raise InputError(f"{volume.name}: {error}") from error
     result = np.full((depth, height, width), spec.pad_value, np.float32)
@@ -83,6 +89,40 @@ def preprocess(volume: Volume, spec: Preprocessing) -> NDArray[np.float32]:
         plane += np.float32(spec.offset_hu)
         np.divide(plane, np.float32(spec.scale_hu), out=inside[index])
     return result
+
+
+def _plan(volume: Volume, spec: Preprocessing, axis: int, length: int) -> AxisPlan:
+    size = volume.stored.shape[axis]
+    if spec.resampling == "to_shape":
+        return resize_axis(size, length, length)
+    return plan_axis(size, volume.spacing_hwd_mm[axis], spec.spacing_hwd_mm[axis], length)
+
+
+def _fit_to_scan(volume: Volume, spec: Preprocessing) -> tuple[Volume, Preprocessing]:
+    """The scan cut to its foreground, and the window that its own values make.
+
+    Reference: MONAI's ``CropForeground`` as Med3DVLM's data preparation calls it, after scaling to 0..1. Scaling
+    commutes with resampling, so it can follow as a window.
+    """
+    def clipped() -> Iterator[NDArray[np.float64]]:  # slice by slice, twice, rather than a full-size copy
+        for index in range(volume.stored.shape[2]):
+            yield np.clip(volume.hounsfield(volume.stored[:, :, index]), *spec.clip_hu)
+
+    ranges = [(part.min(), part.max()) for part in clipped()]
+    low, high = float(min(ranges)[0]), float(max(top for _, top in ranges))
+    if low == high:
+        raise InputError(f"{volume.name}: every voxel is {low:g} after clipping to {spec.clip_hu}; expected a scan")
+    if spec.crops_to_foreground:
+        plane, filled = np.zeros(volume.stored.shape[:2], bool), []
+        for part in clipped():
+            plane |= part > low
+            filled.append(bool((part > low).any()))
+        extents: tuple[NDArray[np.bool_], ...] = np.any(plane, 1), np.any(plane, 0), np.array(filled)
+        box = tuple(slice(int(line.argmax()), line.size - int(line[::-1].argmax())) for line in extents)
+        volume = replace(volume, stored=volume.stored[box])
+    if spec.intensity == "min_max":
+        spec = replace(spec, window_hu=(low, high), offset_hu=-low, scale_hu=high - low)
+    return volume, spec
 
 
 def _scaled_slice(volume: Volume, index: int, spec: Preprocessing) -> NDArray[np.float32]:

@@ -34,7 +34,7 @@ def test_it_is_small_and_in_the_original_format():
     assert checkpoint.trained
     assert (checkpoint.spec.encoder.name, checkpoint.spec.input_size) == ("dcformer-nano", trainer.INPUT_SIZE)
     assert checkpoint.spec.codebook_size == trainer.CODEBOOK_SIZE
-    assert checkpoint.spacing_hwd_mm == trainer.PREPROCESSING.spacing_hwd_mm
+    assert checkpoint.preprocessing["spacing_hwd_mm"] == trainer.PREPROCESSING.spacing_hwd_mm
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert "**" in card
     assert "not for clinical use" in card

@@ -42,7 +42,7 @@ def _die(*_args: object) -> None:
 
 def test_contender_that_dies_between_turns_is_reported(pristine_bundle: Path):
     job = Job(str(pristine_bundle), None, 1)
-    worker = module._Worker("onnxruntime", job, SHAPE)
+    worker = module.Worker("onnxruntime", job, SHAPE)
     worker._process.kill()
     worker._process.join()
     for order in (worker.run, worker.close):

@@ -176,7 +176,7 @@ def test_run_saves_what_the_reader_takes(out: Path, monkeypatch: pytest.MonkeyPa
     assert (checkpoint.spec.encoder.name, checkpoint.spec.input_size, checkpoint.spec.codebook_size) == (
         "dcformer-nano", 128, 16)
     assert checkpoint.trained
-    assert checkpoint.spacing_hwd_mm == trainer.PREPROCESSING.spacing_hwd_mm
+    assert checkpoint.preprocessing["spacing_hwd_mm"] == trainer.PREPROCESSING.spacing_hwd_mm
     assert convert_tokenizer(out / "tokenizer", checkpoint.spec.text, out / "tokenizer.json").max_tokens == 384
     # The mean that training subtracts is in the checkpoint's last bias: same tokens, but for bfloat16.
     model = checkpoint.build()

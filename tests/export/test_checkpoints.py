@@ -49,9 +49,9 @@ def test_training_checkpoint(case: Case, tmp_path: Path):
 
 def test_spacing_from_args(state_dict, tmp_path: Path):
     """Only this project's own training saves it; everywhere else the published spacing holds."""
-    assert read_checkpoint(NANO.save(tmp_path / "published.pth")).spacing_hwd_mm is None
+    assert read_checkpoint(NANO.save(tmp_path / "published.pth")).preprocessing == {}
     own = save(tmp_path / "c.pth", state_dict, spacing_hwd_mm=[1.5, 1.5, 2.25])
-    assert read_checkpoint(own).spacing_hwd_mm == (1.5, 1.5, 2.25)
+    assert read_checkpoint(own).preprocessing["spacing_hwd_mm"] == (1.5, 1.5, 2.25)
 
 
 @pytest.mark.parametrize("spacing", [1.5, [1.5, 1.5], [1.5, 0, 2], [1.5, float("nan"), 2], ["a", "b", "c"],

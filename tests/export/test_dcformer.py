@@ -6,9 +6,10 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 
 from conftest import GOLDEN_TOLERANCE
-from dcformer_deploy.export.clip import Clip, ClipSpec, TextSpec
+from dcformer_deploy.export.clip import Clip, ClipSpec
 from dcformer_deploy.export.complexity import EncoderRow, count, table
 from dcformer_deploy.export.registry import all_encoders, get_encoder
+from dcformer_deploy.export.text import TextSpec
 from dcformer_deploy.runtime import InputError
 from golden import CASES, NANO, Case, inputs, relative_error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from dcformer_deploy.export.clip import TextSpec
+from dcformer_deploy.export.text import TextSpec
 from dcformer_deploy.export.tokenizer import TokenizerWarning, convert_tokenizer
 from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.text import Tokenizer
