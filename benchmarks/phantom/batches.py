@@ -33,7 +33,8 @@ class TrainOptions:
     prevalence: float
     monitored_patients: int = 40
     warm_up: float = 0.05
-    open_stem_after: float = 0.965
+    open_stem_after: float = 0.975
+    focus_after: float = 0.58
     quantize_after: float = 0.6
     codebook_batches: int = 64
     tuning_steps: int = 600

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...runtime.manifest import CT_RATE_CLASSES
+from .losses import focused_mean
 
 #: Painted with the anatomy, so there is no place that it alone changed.
 _UNPLACED = CT_RATE_CLASSES.index("Cardiomegaly")
@@ -42,7 +43,7 @@ class Localizer(nn.Module):
         self.register_buffer("entropy", torch.stack(entropies))
         self.entropy: Tensor
 
-    def forward(self, stages: Sequence[Tensor], places: Tensor) -> Tensor:
+    def forward(self, stages: Sequence[Tensor], places: Tensor, focus: bool = False) -> Tensor:
         """Sum over the stages of the mean over findings of the cross entropy, as a share of what it begins with.
 
         Without the share, a finding that fills the lungs would weigh a hundred times as much as a nodule.
@@ -50,13 +51,14 @@ class Localizer(nn.Module):
         Args:
             stages: ``[B, C, H', W', D']`` each.
             places: ``[B, 18, H/8, W/8, D/8]``, 1 where a finding is.
+            focus: see ``focused_mean``.
         """
         total = places.new_zeros(())
         for norm, reader, features, entropy in zip(self.norms, self.readers, stages, self.entropy, strict=True):
             truth = pool_places(places, tuple(features.shape[2:]))
             error = F.binary_cross_entropy_with_logits(reader(norm(features.float())), truth, reduction="none")
             shares = error.mean(dim=(0, 2, 3, 4)) / entropy
-            total = total + (shares.sum() - shares[_UNPLACED]) / (len(shares) - 1)
+            total = total + focused_mean(torch.cat([shares[:_UNPLACED], shares[_UNPLACED + 1 :]]), focus)
         return total
 
 

@@ -19,15 +19,26 @@ def report_loss(images: Tensor, reports: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
+def focused_mean(losses: Tensor, focus: bool = True) -> Tensor:
+    """Mean over findings ``[n]``; with ``focus`` each weighs in proportion to its loss, so that hard ones count more.
+
+    Dynamic task prioritization (Guo et al., ECCV 2018); the weights have a mean of 1 and no gradient.
+    """
+    if not focus:
+        return losses.mean()
+    weights = losses.detach() / losses.detach().mean().clamp(min=torch.finfo(losses.dtype).tiny)
+    return (weights * losses).mean()
+
+
 def statement_loss(images: Tensor, prompts: Tensor, labels: Tensor) -> Tensor:
-    """Every scan ``[B, 512]`` against the two prompts of each finding ``[18, 2, 512]``, and each prompt against scans.
+    """By finding ``[18]``: each scan ``[B, 512]`` against its two prompts ``[18, 2, 512]``, each prompt against scans.
 
     A prompt is true of several scans of a batch; it is to be equally near to all of them.
     """
     logits = STATEMENT_SCALE * torch.einsum("bd,fpd->bfp", images, prompts)
     is_true = torch.stack([labels, 1 - labels], dim=-1)
-    scan_to_prompt = -(logits.log_softmax(dim=-1) * is_true).sum(dim=-1).mean()
+    scan_to_prompt = -(logits.log_softmax(dim=-1) * is_true).sum(dim=-1).mean(dim=0)
     per_prompt = -(logits.log_softmax(dim=0) * is_true).sum(dim=0) / is_true.sum(dim=0).clamp(min=1)
     chance = is_true.sum(dim=0).clamp(min=1).log()  # what is left when all true scans are equally near
-    prompt_to_scan = (per_prompt - chance).mean()
+    prompt_to_scan = (per_prompt - chance).mean(dim=-1)
     return (scan_to_prompt + prompt_to_scan) / 2

@@ -25,7 +25,7 @@ from ...runtime.manifest import CT_RATE_CLASSES, Preprocessing
 from .batches import MAX_TOKENS, Batch, Batches, Texts, TrainOptions
 from .captions import statements
 from .localizer import Localizer
-from .losses import report_loss, statement_loss
+from .losses import focused_mean, report_loss, statement_loss
 from .quantizer import CodebookTrainer
 from .samples import BYTE_SCALE, VARIANTS, Sample
 from .stem import Centre, calibrate_stem, late_parameters, run_stages, run_stem, stage_channels
@@ -108,7 +108,8 @@ class Trainer:
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss by name; their sum is minimised."""
-        quantizes = self.step >= self.options.quantize_after * self.options.steps
+        quantizes, focus = (self.step >= share * self.options.steps
+                            for share in (self.options.quantize_after, self.options.focus_after))
         stages = self.stages(batch.taps)
         tokens, grid = self.tokens(stages[-1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -127,10 +128,11 @@ class Trainer:
         reduced = self.reduce(unit, grid)
         images = self.project(reduced)
         terms["report"] = report_loss(images, reports.float())
-        terms["head"] = HEAD_WEIGHT * F.binary_cross_entropy_with_logits(self.head(reduced), labels)
-        terms["place"] = PLACE_WEIGHT * self.localizer(stages, batch.places.to(self.device))
+        head = F.binary_cross_entropy_with_logits(self.head(reduced), labels, reduction="none").mean(dim=0)
+        terms["head"] = HEAD_WEIGHT * focused_mean(head, focus)
+        terms["place"] = PLACE_WEIGHT * self.localizer(stages, batch.places.to(self.device), focus)
         statement = statement_loss(images, prompts.float().unflatten(0, (-1, 2)), labels)
-        terms["statement"] = STATEMENT_WEIGHT * statement
+        terms["statement"] = STATEMENT_WEIGHT * focused_mean(statement, focus)
         return terms
 
     @torch.no_grad()
@@ -214,8 +216,9 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 reports, prompts = self.model.encode_text(ids, mask), self.model.encode_text(*self.prompt_ids)
             images = F.normalize(projection(features[chosen] * scale), dim=-1)
-            terms = {"report": report_loss(images, reports.float()), "statement": STATEMENT_WEIGHT * statement_loss(
-                images, prompts.float().unflatten(0, (-1, 2)), labels)}
+            statement = statement_loss(images, prompts.float().unflatten(0, (-1, 2)), labels)
+            terms = {"report": report_loss(images, reports.float()),
+                     "statement": STATEMENT_WEIGHT * focused_mean(statement)}
             optimizer.zero_grad(set_to_none=True)
             sum(terms.values(), torch.zeros((), device=self.device)).backward()
             nn.utils.clip_grad_norm_([*projection.parameters(), *texts], 1.0)

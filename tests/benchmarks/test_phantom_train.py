@@ -15,7 +15,7 @@ from dcformer_deploy.benchmarks.phantom import train, trainer
 from dcformer_deploy.benchmarks.phantom.batches import Texts, TrainOptions, moved
 from dcformer_deploy.benchmarks.phantom.captions import statements
 from dcformer_deploy.benchmarks.phantom.dataset import DatasetOptions, make_phantom
-from dcformer_deploy.benchmarks.phantom.losses import report_loss, statement_loss
+from dcformer_deploy.benchmarks.phantom.losses import focused_mean, report_loss, statement_loss
 from dcformer_deploy.benchmarks.phantom.samples import (
     BYTE_SCALE,
     LARGEST_SHIFT_DHW,
@@ -143,8 +143,28 @@ def test_statement_loss_falls_when_the_right_prompt_is_nearer():
     prompts[0, 0, 0], prompts[0, 1, 0], prompts[1, 0, 1], prompts[1, 1, 1] = 1, -1, 1, -1
     right = F.normalize(torch.cat([labels * 2 - 1, torch.zeros(3, 2)], dim=1), dim=-1)
     none = F.normalize(torch.ones(3, 4) * torch.tensor([0.0, 0, 1, 1]), dim=-1)
-    losses = [float(statement_loss(images, prompts, labels)) for images in (right, none, -right)]
+    losses = [float(statement_loss(images, prompts, labels).mean()) for images in (right, none, -right)]
     assert losses[0] < 0.1 < losses[1] < losses[2]
+
+
+def test_statement_loss_is_that_of_each_finding():
+    """Scans that are right about the first finding and wrong about the second."""
+    labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    prompts = torch.zeros(2, 2, 4)
+    prompts[0, 0, 0], prompts[0, 1, 0], prompts[1, 0, 1], prompts[1, 1, 1] = 1, -1, 1, -1
+    images = F.normalize(torch.tensor([[1.0, 1, 0, 0], [-1, -1, 0, 0]]), dim=-1)
+    losses = statement_loss(images, prompts, labels)
+    assert losses.shape == (2,) and float(losses[0]) < 0.1 < float(losses[1])
+
+
+def test_focus_weighs_by_the_loss():
+    losses = torch.tensor([1.0, 3.0, 0.0], requires_grad=True)
+    assert focused_mean(losses, focus=False).item() == pytest.approx(4 / 3)
+    focused = focused_mean(losses)
+    assert focused.item() == pytest.approx((1 * 0.75 + 3 * 2.25) / 3)
+    focused.backward()
+    torch.testing.assert_close(losses.grad, torch.tensor([0.75, 2.25, 0]) / 3)
+    torch.testing.assert_close(focused_mean(torch.zeros(3)), torch.zeros(()))
 
 
 def test_run_saves_what_the_reader_takes(out: Path, monkeypatch: pytest.MonkeyPatch):

@@ -117,7 +117,7 @@ def test_other_schema(bundle_copy: Path, version: int, advice: str):
     (lambda m: m["zero_shot"].update(score="magic"), "zero_shot.score is 'magic'"),
     (lambda m: m["zero_shot"].update(positive_prompt="present"), "positive_prompt is 'present'; expected one {}"),
     (lambda m: m["zero_shot"].update(negative_prompt="{} {}"), "negative_prompt is '{} {}'; expected one {}"),
-    (lambda m: m["zero_shot"].update(negative_prompt=None), "negative_prompt is None; expected a prompt or null, as soft"),
+    (lambda m: m["zero_shot"].update(negative_prompt=None), "negative_prompt is None; expected a prompt or null"),
     (lambda m: m["zero_shot"].update(score="sigmoid"), "negative_prompt is .* expected a prompt or null, as sigmoid"),
     (lambda m: m["preprocessing"].update(resampling="wide"), "resampling is .wide.; expected one of to_spacing"),
     (lambda m: m["preprocessing"].update(intensity="hu"), "intensity is 'hu'; expected one of window, min_max"),
