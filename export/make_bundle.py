@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -38,8 +38,9 @@ from .checkpoints import Checkpoint, read_checkpoint
 from .clip import Clip, Detector
 from .random_weights import random_checkpoint, write_tokenizer
 from .registry import EMBEDDING_DIM
+from .rules.pipeline import require_rules, rewrite_file
 from .tokenizer import convert_tokenizer
-from .trace import trace_image_tower, trace_text_tower
+from .trace import describe_graph, trace_image_tower, trace_text_tower
 from .verify import check_image_tower, check_text_tower, require_agreement
 
 IMAGE_FILE = "image.fp32.onnx"
@@ -64,6 +65,7 @@ class ExportOptions:
     ``input_size``, ``reduction``: only where the checkpoint does not tell.
     ``check_scan``: a NIfTI file for the comparison with PyTorch; None = the CT that this package carries.
     ``license``: of the weights, for the manifest.
+    ``without_rewrites``: names of rewrite rules (``rules.pipeline.RULE_NAMES``) not to apply to the image tower.
     """
 
     tokenizer: Path | None
@@ -74,6 +76,7 @@ class ExportOptions:
     license: str | None = None
     overwrite: bool = False
     own_tokenizer: bool = True
+    without_rewrites: Collection[str] = ()
 
 
 def example_ct() -> Path:
@@ -118,6 +121,7 @@ def export_random_weights(
 def _require_possible(out: Path, options: ExportOptions) -> None:
     """What can be known before minutes of work."""
     require_replaceable(out, MANIFEST_NAME if options.overwrite else None)
+    require_rules(options.without_rewrites)
     import_onnxruntime()
 
 
@@ -134,7 +138,10 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
         model = checkpoint.build()
         clip = model.trained_model if isinstance(model, Detector) else model
         on_stage("tracing the image tower")
-        graphs = [trace_image_tower(model, spec, folder / IMAGE_FILE)]
+        trace_image_tower(model, spec, folder / IMAGE_FILE)
+        on_stage("rewriting the image tower")
+        rewrites = rewrite_file(folder / IMAGE_FILE, options.without_rewrites)
+        graphs = [describe_graph("image", folder / IMAGE_FILE)]
         on_stage("tracing the text tower")
         graphs.append(trace_text_tower(clip, spec, folder / TEXT_FILE))
         on_stage("comparing with PyTorch")
@@ -158,6 +165,7 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
             source=_source(checkpoint, options.license),
             preprocessing=preprocessing,
             graphs=tuple(graphs),
+            rewrites=tuple(rewrites),
             text=tokenizer,
             zero_shot=zero_shot,
             detector=DetectorTask(classes) if spec.class_count is not None else None,

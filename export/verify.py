@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from ..runtime.backends import Options, open_graph
 from ..runtime.errors import CheckFailed
 from ..runtime.manifest import Agreement
+from ..runtime.volume import image_feeds
 from .clip import Clip, Detector
+from .trace import describe_graph
 
 #: fp32 graphs differ from PyTorch by summation order only. `make demo` shows 1e-6, so this is a wide margin.
 TOLERANCE = 1e-4
@@ -53,11 +55,12 @@ def check_image_tower(
     """
     clip = model.trained_model if isinstance(model, Detector) else model
     backend = open_graph(path, Options())
+    inputs = describe_graph("image", path).inputs
     quantizes = clip.visual_transformer.vq is not None
     names = ["feature_map", "image_embedding", *["codes"] * quantizes, *["class_scores"] * isinstance(model, Detector)]
     result = []
     for label, volume in volumes.items():
-        found = dict(zip(names, backend.run({"volume": volume[:, None]}, names), strict=True))
+        found = dict(zip(names, backend.run(image_feeds(inputs, volume), names), strict=True))
         with torch.no_grad():
             expected = clip.encode_image(torch.from_numpy(volume[:, None]))
             tolerance = _tolerance(clip, volume, expected.feature_map, found["feature_map"])

@@ -15,11 +15,13 @@ import dacite
 
 from .errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 DIGEST_FIELD = "manifest_sha256"
 
 ROLES = ("image", "text")
+#: Inputs of an image tower that reads only the lines its first layer looks at, and the axis along which each is whole.
+LINE_INPUTS = {"lines_d": 0, "lines_h": 1, "lines_w": 2}
 PRECISIONS = ("fp32",)
 Reduction = Literal["channel", "depth", "none"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
@@ -114,6 +116,29 @@ class Graph:
     def __post_init__(self) -> None:
         _require(self.role in ROLES, "graphs.role", self.role, f"one of {', '.join(ROLES)}")
         _require(self.precision in PRECISIONS, "graphs.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """What a graph costs for a batch of one: nodes, multiply-accumulates, bytes that its nodes read and write."""
+
+    nodes: int
+    multiply_adds: int
+    bytes_moved: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What one exact rewrite rule did to the image tower when the bundle was made.
+
+    ``matched``: places that it changed. ``refused``: places that its pattern fits and it left alone, with the reason.
+    """
+
+    rule: str
+    matched: int
+    refused: tuple[str, ...]
+    before: GraphCost
+    after: GraphCost
 
 
 @dataclass(frozen=True)
@@ -248,6 +273,7 @@ class Manifest:
     source: Source
     preprocessing: Preprocessing
     graphs: tuple[Graph, ...]
+    rewrites: tuple[Rewrite, ...]
     text: Text | None
     zero_shot: ZeroShotTask | None
     detector: DetectorTask | None
@@ -268,9 +294,7 @@ class Manifest:
         image = self.graph("image")
         if image is None:
             raise BundleError("graphs holds no image tower")
-        axes = image.inputs[0].axes if image.inputs else ()
-        _require(axes[-3:] == self.preprocessing.shape_dhw, "preprocessing.shape_dhw", self.preprocessing.shape_dhw,
-                 f"the sides that the image tower reads, {axes[-3:]}")
+        _require_image_inputs(image, self.preprocessing.shape_dhw)
         if self.detector is not None:
             widths = [output.axes[-1] for output in image.outputs if output.name == "class_scores"]
             _require(widths == [len(self.detector.classes)], "detector.classes", len(self.detector.classes),
@@ -328,6 +352,17 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
+
+
+def _require_image_inputs(image: Graph, shape: tuple[int, int, int]) -> None:
+    """One volume, or three families of lines with one stride."""
+    found = {info.name: info.axes[-3:] for info in image.inputs}
+    sides = next((axes for name, axes in found.items() if name == "lines_d"), ())
+    stride = shape[1] // sides[1] if len(sides) == 3 and isinstance(sides[1], int) and sides[1] > 0 else 1
+    lines = {name: tuple(side if axis == whole else side // stride for axis, side in enumerate(shape))
+             for name, whole in LINE_INPUTS.items()}
+    _require(found in ({"volume": shape}, lines), "preprocessing.shape_dhw", shape,
+             f"the sides that the image tower reads, {found}")
 
 
 def _require_classes(field: str, classes: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from .errors import BundleError, InputError
 from .manifest import Graph, Manifest, ZeroShotTask
 from .scoring import probabilities
 from .text import Tokenizer
-from .volume import ReadOptions, prepare_scan, preprocess, read_scan
+from .volume import ReadOptions, image_feeds, prepare_scan, preprocess, read_scan
 
 #: A file to read, or a preprocessed volume ``[D, H, W]`` float32.
 Scan = str | Path | NDArray[np.float32]
@@ -164,7 +164,7 @@ class Model:
                              f"[{lowest:g}, {highest:g}]. Pass a file, or use preprocess()")
 
     def _run_image(self, volumes: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        feeds = {"volume": np.ascontiguousarray(volumes[:, None], np.float32)}
+        feeds = image_feeds(self._info("image").inputs, volumes)
         return self._graph("image").run(feeds, outputs)
 
     # ------------------------------------------------------------------ texts

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
 
 from ..errors import InputError
 from ..manifest import REDUCTIONS, Reduction
-from .inspect import print_agreement
+from .inspect import print_agreement, print_rewrites
 from .options import json_option, read_classes
 from .output import print_json, progress
 
@@ -31,12 +32,18 @@ from .output import print_json, progress
 @click.option("--check-scan", type=click.Path(path_type=Path), metavar="SCAN",
               help="CT for the comparison with PyTorch, instead of the one that comes with this program.")
 @click.option("--license", "weights_license", metavar="TEXT", help="Licence of the weights, for the manifest.")
+@click.option("--input", "reads", type=click.Choice(["lines", "volume"]), default="lines", show_default=True,
+              help="What the image tower takes: all voxels, or only the lines of them that it reads, where it does.")
+@click.option("--without-rewrite", "without", multiple=True, metavar="RULE",
+              help="Leave out an exact rewrite of the image tower; can be repeated. --show-rewrites lists them.")
+@click.option("--show-rewrites", is_flag=True, help="Print what each rewrite changed, and what it left alone and why.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle (nothing else is ever replaced).")
 @json_option
 def command(
     checkpoint: Path | None, out: Path, tokenizer: Path | None, encoder: str | None, seed: int | None,
     no_tokenizer: bool, classes: Path | None, input_size: int | None, reduction: Reduction | None,
-    check_scan: Path | None, weights_license: str | None, force: bool, as_json: bool,
+    check_scan: Path | None, weights_license: str | None, reads: str, without: tuple[str, ...],
+    show_rewrites: bool, force: bool, as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, or random weights, into a bundle.
 
@@ -59,9 +66,11 @@ def command(
         raise InputError("random weights come with a text tower and its tokenizer; drop --tokenizer, --no-tokenizer")
     names = read_classes(classes)
     from ...export.make_bundle import ExportOptions, export_checkpoint, export_random_weights
+    from ...export.rules.line_input import TITLE as LINE_INPUT
 
+    without = (*without, *[LINE_INPUT] * (reads == "volume"))
     options = ExportOptions(tokenizer, names, input_size, reduction, check_scan, weights_license, overwrite=force,
-                            own_tokenizer=not no_tokenizer)
+                            own_tokenizer=not no_tokenizer, without_rewrites=without)
     with progress() as display:
         if checkpoint is not None:
             manifest = export_checkpoint(checkpoint, out, options, display.stage)
@@ -71,8 +80,11 @@ def command(
             manifest = export_random_weights(encoder, seed, out, options, display.stage)
     if as_json:
         print_json({"bundle": str(out), "encoder": manifest.encoder, "input_size": manifest.input_size,
-                    "reduction": manifest.reduction, "agreement": [vars(a) for a in manifest.agreement]})
+                    "reduction": manifest.reduction, "agreement": [vars(a) for a in manifest.agreement],
+                    "rewrites": [dataclasses.asdict(rewrite) for rewrite in manifest.rewrites]})
         return
+    if show_rewrites:
+        print_rewrites(manifest)
     print_agreement(manifest)
     size = sum(record.bytes for record in manifest.files)
     click.echo(f"{out}: {manifest.encoder}, input size {manifest.input_size}, reduction {manifest.reduction}, "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -24,6 +26,7 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         print_json(json.loads(manifest.to_json()))
         return
     print_table(str(bundle), ("", "value"), _facts(manifest))
+    print_rewrites(manifest)
     print_table("Files", ("file", "bytes", "sha256"),
                 ((f.path, f"{f.bytes:,}", f.sha256[:16]) for f in manifest.files))
     print_agreement(manifest)
@@ -39,6 +42,28 @@ def print_agreement(manifest: Manifest) -> None:
           f"{max(0.0, 1 - a.cosine):.1e}", "-" if a.codes_equal is None else f"{a.codes_equal:.2%}")
          for a in manifest.agreement),
     )
+
+
+def print_rewrites(manifest: Manifest) -> None:
+    """What each exact rewrite did to the image tower, and why it did nothing where it did not."""
+
+    def change(before: float, after: float, unit: float, digits: int) -> str:
+        old, new = (f"{value / unit:,.{digits}f}" for value in (before, after))
+        return old if before == after else f"{old} -> {new}"
+
+    print_table(
+        "Rewrites of the image tower (batch 1)",
+        ("rule", "places", "nodes", "G multiply-adds", "GB moved", "left alone"),
+        ((r.rule, r.matched, change(r.before.nodes, r.after.nodes, 1, 0),
+          change(r.before.multiply_adds, r.after.multiply_adds, 1e9, 2),
+          change(r.before.bytes_moved, r.after.bytes_moved, 1e9, 2), _reasons(r.refused)) for r in manifest.rewrites),
+    )
+
+
+def _reasons(refused: Sequence[str]) -> str:
+    """Each reason once, with the number of places."""
+    counted = Counter(text.split(": ", 1)[1] for text in refused)
+    return "; ".join(f"{count} x {reason}" if count > 1 else reason for reason, count in counted.items())
 
 
 def _facts(m: Manifest) -> list[tuple[str, str]]:

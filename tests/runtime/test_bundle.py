@@ -96,10 +96,10 @@ def test_binary_manifest(bundle_copy: Path):
     refuse(bundle_copy, "not UTF-8")
 
 
-@pytest.mark.parametrize(("version", "advice"), [(2, "upgrade dcformer-deploy"), (0, "export the checkpoint again")])
+@pytest.mark.parametrize(("version", "advice"), [(3, "upgrade dcformer-deploy"), (0, "export the checkpoint again")])
 def test_other_schema(bundle_copy: Path, version: int, advice: str):
     rewrite(bundle_copy, lambda m: m.update(schema_version=version))
-    refuse(bundle_copy, f"schema_version is {version}, this program reads 1; {advice}")
+    refuse(bundle_copy, f"schema_version is {version}, this program reads 2; {advice}")
 
 
 @pytest.mark.parametrize(("change", "message"), [

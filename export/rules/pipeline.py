@@ -1,0 +1,144 @@
+"""The rules in their order, and what each did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+
+from ...runtime.errors import InputError, suggestion
+from ...runtime.manifest import Rewrite
+from . import compose_stem, convolve_in_planes, fold_layer_scale, merge_branches, mlp_to_convolutions, sink_transposes
+from .base import Rule
+from .cost import cost_of
+from .line_input import LineInput
+
+#: A rule set that still finds something after so many passes goes in circles.
+_MOST_PASSES = 200
+
+
+class Step(Protocol):
+    """One rewrite of a graph. ``refused``: why it left places alone that its pattern fits, in the last ``apply``."""
+
+    title: str
+    refused: list[str]
+
+    def apply(self, model: ir.Model) -> int:
+        """Rewrite in place; returns the number of places."""
+        ...
+
+
+class PatternStep:
+    """Rules applied together until none of them finds anything."""
+
+    def __init__(self, title: str, rules: Sequence[type[Rule]]) -> None:
+        self.title, self._rules = title, rules
+        self.refused: list[str] = []
+
+    def apply(self, model: ir.Model) -> int:
+        """See Step."""
+        instances = [rule() for rule in self._rules]
+        rules = RewriteRuleSet([_as_rule(instance) for instance in instances])
+        total = 0
+        for _ in range(_MOST_PASSES):
+            for instance in instances:
+                instance.refused.clear()
+            count = rules.apply_to_model(model)
+            passes.RemoveUnusedNodesPass()(model)
+            if not count:
+                break
+            total += count
+        else:
+            raise RuntimeError(f"{self.title} does not come to an end")
+        self.refused = [reason for instance in instances for reason in instance.refused] if not total else []
+        return total
+
+
+def _as_rule(instance: Rule) -> Any:
+    return RewriteRule(instance.pattern, instance.rewrite, instance.check, remove_nodes=instance.remove_nodes)
+
+
+#: The order matters: an MLP between transposes hides a layer's scale, a transpose between layers hides the stem.
+RULES: tuple[Callable[[], Step], ...] = (
+    lambda: PatternStep("mlp_to_convolutions", mlp_to_convolutions.RULES),
+    lambda: PatternStep("fold_layer_scale", fold_layer_scale.RULES),
+    lambda: PatternStep("sink_transposes", sink_transposes.RULES),
+    lambda: PatternStep("compose_stem", compose_stem.RULES),
+    lambda: PatternStep("merge_branches", merge_branches.RULES),
+    LineInput,
+    lambda: PatternStep("convolve_in_planes", convolve_in_planes.RULES),
+)
+#: Key of a node's metadata.
+RULE_TAG = "dcformer_deploy.rewrite"
+RULE_NAMES = tuple(make().title for make in RULES)
+
+
+def optimize(proto: onnx.ModelProto, without: Collection[str] = ()) -> tuple[onnx.ModelProto, list[Rewrite]]:
+    """Apply the rules to a graph, except those named in ``without``.
+
+    Returns:
+        The rewritten graph, with inferred shapes, and a report for each rule that was tried.
+
+    Raises:
+        InputError: ``without`` names a rule that does not exist.
+    """
+    require_rules(without)
+    reports = []
+    before = cost_of(proto)
+    for make in RULES:
+        step = make()
+        if step.title in without:
+            continue
+        model = ir.from_proto(proto)
+        there = set(model.graph)
+        matched = step.apply(model)
+        if matched:
+            _stamp(model, there, step.title)
+            passes.IdentityEliminationPass()(model)
+            passes.RemoveUnusedNodesPass()(model)
+            proto = _with_shapes(ir.to_proto(model))
+        after = cost_of(proto) if matched else before
+        reports.append(Rewrite(step.title, matched, tuple(step.refused), before, after))
+        before = after
+    return proto, reports
+
+
+def _stamp(model: ir.Model, there: Collection[ir.Node], title: str) -> None:
+    """Say on each new node which rewrite made it.
+
+    onnxscript does so too, but appends to what it finds: megabytes after some rewrites of rewritten nodes.
+    """
+    for node in model.graph:
+        if node not in there:
+            node.metadata_props.clear()
+            node.metadata_props[RULE_TAG] = title
+
+
+def rewrite_file(path: Path, without: Collection[str] = ()) -> list[Rewrite]:
+    """Replace an ONNX file by its rewritten form, checked; see ``optimize``."""
+    proto, reports = optimize(onnx.load(path), without)
+    onnx.save(proto, path)
+    onnx.checker.check_model(path, full_check=True)
+    return reports
+
+
+def require_rules(names: Collection[str]) -> None:
+    """Refuse names that are no rule's.
+
+    Raises:
+        InputError: the message names the nearest one.
+    """
+    for name in names:
+        if name not in RULE_NAMES:
+            raise InputError(f"rewrite rule {name!r}: unknown{suggestion(name, RULE_NAMES)}; the rules are "
+                             f"{', '.join(RULE_NAMES)}")
+
+
+def _with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    del proto.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)

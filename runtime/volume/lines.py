@@ -1,0 +1,31 @@
+"""The lines of a volume that a strided decomposed convolution reads, as the image tower's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..manifest import LINE_INPUTS, TensorInfo
+
+
+def image_feeds(inputs: Sequence[TensorInfo], volumes: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """What an image tower reads of preprocessed volumes.
+
+    Args:
+        inputs: of the graph: one ``volume``, or the three families of ``LINE_INPUTS``.
+        volumes: ``[B, D, H, W]``.
+
+    Returns:
+        By input name ``[B, 1, D, H, W]``, or for lines that with every s-th index on two of the three axes.
+    """
+    feeds = {}
+    for info in inputs:
+        if info.name in LINE_INPUTS:
+            taken = (slice(None, None, side // int(kept)) for side, kept in
+                     zip(volumes.shape[1:], info.axes[-3:], strict=True))
+            feeds[info.name] = np.ascontiguousarray(volumes[:, None, *taken], np.float32)
+        else:
+            feeds[info.name] = np.ascontiguousarray(volumes[:, None], np.float32)
+    return feeds
