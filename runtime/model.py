@@ -21,7 +21,7 @@ from .errors import BundleError, InputError
 from .manifest import Graph, Manifest, ZeroShotTask
 from .scoring import probabilities
 from .text import Tokenizer
-from .volume import ReadOptions, image_feeds, prepare_scan, preprocess, read_scan
+from .volume import ReadOptions, image_feeds, prepare_scan, read_scan, scan_feeds
 
 #: A file to read, or a preprocessed volume ``[D, H, W]`` float32.
 Scan = str | Path | NDArray[np.float32]
@@ -109,7 +109,7 @@ class Model:
             InputError: anything about the file that would have to be guessed; the message says what to pass.
         """
         options = ReadOptions(spacing, slope, intercept, orientation, metadata)
-        return prepare_scan(path, self.manifest.preprocessing, options)
+        return prepare_scan(path, self.manifest.preprocessing, options, self._options.thread_count)
 
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
         """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array.
@@ -118,7 +118,7 @@ class Model:
             InputError: a file that cannot be used, or an array that is not a preprocessed volume of the right shape.
             InferenceError: the inference library failed.
         """
-        return self._embed_volume(self._volume(scan, read_options, {}))
+        return self._embed(self._feeds(scan, read_options, {}))
 
     def embed_images(self, scans: Iterable[Scan], **read_options: Any) -> NDArray[np.float32]:
         """Image embeddings ``[n, 512]``, one scan at a time in memory. Raises like ``embed_image``."""
@@ -146,7 +146,8 @@ class Model:
         names = list(outputs) if outputs is not None else known
         if isinstance(outputs, str) or not names or not set(names) <= set(known):
             raise InputError(f"outputs: {outputs!r}; expected a list of some of {', '.join(known)}")
-        return dict(zip(names, self._run_image(volumes, names), strict=True))
+        feeds = image_feeds(self._info("image").inputs, volumes)
+        return dict(zip(names, self._graph("image").run(feeds, names), strict=True))
 
     def _require_preprocessed(self, volumes: NDArray[Any]) -> None:
         shape = self.manifest.preprocessing.shape_dhw
@@ -162,10 +163,6 @@ class Model:
         if low < lowest - 1e-4 or high > highest + 1e-4:
             raise InputError(f"volumes: values from {low:g} to {high:g}; expected a preprocessed volume in "
                              f"[{lowest:g}, {highest:g}]. Pass a file, or use preprocess()")
-
-    def _run_image(self, volumes: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        feeds = image_feeds(self._info("image").inputs, volumes)
-        return self._graph("image").run(feeds, outputs)
 
     # ------------------------------------------------------------------ texts
 
@@ -210,11 +207,11 @@ class Model:
         names = _class_names(classes) if classes is not None else task.classes
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
-            volume = self._volume(scan, read_options, timings)
+            feeds = self._feeds(scan, read_options, timings)
             with _timed(timings, "load"):
                 self._graph("image")
             with _timed(timings, "image"):
-                image = self._embed_volume(volume)
+                image = self._embed(feeds)
             with _timed(timings, "prompts"):
                 prompts = self._prompt_embeddings(task, names)
             with _timed(timings, "score"):
@@ -250,31 +247,34 @@ class Model:
                               "model); use zero_shot")
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
-            volume = self._volume(scan, read_options, timings)
+            feeds = self._feeds(scan, read_options, timings)
             with _timed(timings, "load"):
                 self._graph("image")
             with _timed(timings, "image"):
-                scores = self._run_image(volume[None], ["class_scores"])[0][0]
+                scores = self._graph("image").run(feeds, ["class_scores"])[0][0]
         return Classification(_name(scan), dict(zip(detector.classes, scores.tolist(), strict=True)), timings)
 
     # ------------------------------------------------------------------ inside
 
-    def _volume(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float]) -> NDArray[np.float32]:
+    def _feeds(self, scan: Scan, read_options: dict[str, Any],
+               timings: dict[str, float]) -> dict[str, NDArray[np.float32]]:
+        """What the image tower reads of one scan, by input name."""
+        inputs = self._info("image").inputs
         if isinstance(scan, np.ndarray):
             if read_options:
                 raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
             self._require_preprocessed(scan[None])
-            return scan
+            return image_feeds(inputs, scan[None])
         if not isinstance(scan, str | Path):
             raise InputError(f"scan: {type(scan).__name__}; expected a path or a preprocessed array")
         spec = self.manifest.preprocessing
         with _timed(timings, "read"):
             volume = read_scan(scan, spec, ReadOptions(**read_options))
         with _timed(timings, "preprocess"):
-            return preprocess(volume, spec)
+            return scan_feeds(inputs, volume, spec, self._options.thread_count)
 
-    def _embed_volume(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._run_image(volume[None], ["image_embedding"])[0][0]
+    def _embed(self, feeds: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        return self._graph("image").run(feeds, ["image_embedding"])[0][0]
 
     def _info(self, role: str) -> Graph:
         graph = self.manifest.graph(role)

@@ -30,7 +30,7 @@ def draw(case: Case, scores: dict[str, float]) -> Figure:
     hounsfield = volume.hounsfield(volume.stored)
     _, width, depth = hounsfield.shape
     sx, sy, sz = volume.spacing_hwd_mm
-    slices: tuple[tuple[str, NDArray[np.float64], float, Literal["upper", "lower"]], ...] = (
+    slices: tuple[tuple[str, NDArray[np.float32], float, Literal["upper", "lower"]], ...] = (
         ("axial", hounsfield[:, :, depth // 2].T, sy / sx, "upper"),
         ("coronal", hounsfield[:, width // 2, :].T, sz / sx, "lower"))
     figure = Figure(figsize=(13, 7.2), layout="constrained")
@@ -50,7 +50,7 @@ def draw(case: Case, scores: dict[str, float]) -> Figure:
     return figure
 
 
-def _show(axes: Axes, plane: NDArray[np.float64], aspect: float, origin: Literal["upper", "lower"],
+def _show(axes: Axes, plane: NDArray[np.float32], aspect: float, origin: Literal["upper", "lower"],
           window: tuple[int, int], title: str) -> None:
     centre, width = window
     axes.imshow(plane, cmap="gray", vmin=centre - width / 2, vmax=centre + width / 2, aspect=aspect, origin=origin)

@@ -7,7 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..manifest import LINE_INPUTS, TensorInfo
+from ..manifest import LINE_INPUTS, Preprocessing, TensorInfo
+from .preprocess import fit_to_scan, sample
+from .types import Volume
+
+
+def scan_feeds(inputs: Sequence[TensorInfo], volume: Volume, spec: Preprocessing,
+               threads: int) -> dict[str, NDArray[np.float32]]:
+    """What an image tower reads of one scan, without making a preprocessed volume where it reads only lines of it.
+
+    Returns:
+        As ``image_feeds``, for a batch of one.
+
+    Raises:
+        InputError: as ``preprocess``.
+    """
+    volume, spec = fit_to_scan(volume, spec)
+    feeds = {}
+    for info in inputs:
+        depth, height, width = (side // int(kept) for side, kept in zip(spec.shape_dhw, info.axes[-3:], strict=True))
+        feeds[info.name] = sample(volume, spec, (depth, height, width), threads)[None, None]
+    return feeds
 
 
 def image_feeds(inputs: Sequence[TensorInfo], volumes: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:

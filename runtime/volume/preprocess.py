@@ -1,5 +1,7 @@
 """The original preprocessing, slice by slice: the same numbers without its full-size intermediate volumes.
 
+Only the voxels around the wanted samples are ever converted, and slices are worked on in parallel.
+
 Reference: the data set class of the published DCFormer and CT-CLIP code, which clips, scales, resamples with
 ``torch.nn.functional.interpolate(mode="trilinear", align_corners=False)``, clips again, crops and pads.
 """
@@ -7,6 +9,7 @@ Reference: the data set class of the published DCFormer and CT-CLIP code, which 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,6 +38,12 @@ class AxisPlan:
         """The output indices that hold samples."""
         return slice(self.start, self.start + len(self.lower))
 
+    def every(self, step: int) -> AxisPlan:
+        """The plan of the output indices 0, step, 2 step and so on."""
+        first = -self.start % step
+        kept = slice(first, None, step)
+        return AxisPlan(self.lower[kept], self.upper[kept], self.weight[kept], (self.start + first) // step)
+
 
 def plan_axis(old_size: int, spacing_mm: float, target_mm: float, length: int) -> AxisPlan:
     """Resample ``old_size`` voxels to ``int(old_size * spacing / target)``, then centre-crop or pad to ``length``.
@@ -62,33 +71,90 @@ def resize_axis(old_size: int, new_size: int, length: int) -> AxisPlan:
     return AxisPlan(lower, np.minimum(lower + 1, old_size - 1), weight, (length - count) // 2)
 
 
-def preprocess(volume: Volume, spec: Preprocessing) -> NDArray[np.float32]:
+def preprocess(volume: Volume, spec: Preprocessing, threads: int = 1) -> NDArray[np.float32]:
     """What the image tower reads: ``[D, H, W]`` float32, within ``spec.value_range``, of exactly ``spec.shape_dhw``.
 
     Raises:
         InputError: the scan is smaller than one output voxel along an axis, or has one value only and is to be scaled
             from its minimum to its maximum.
     """
+    volume, spec = fit_to_scan(volume, spec)
+    return sample(volume, spec, (1, 1, 1), threads)
+
+
+def sample(volume: Volume, spec: Preprocessing, steps_dhw: tuple[int, int, int], threads: int) -> NDArray[np.float32]:
+    """Every ``steps_dhw``-th voxel of the preprocessed volume, computing no other: ``result[::d, ::h, ::w]``.
+
+    Args:
+        volume, spec: as ``fit_to_scan`` returns them.
+        threads: planes are shared out among so many.
+
+    Raises:
+        InputError: the scan is smaller than one output voxel along an axis.
+    """
     depth, height, width = spec.shape_dhw
-    if spec.intensity == "min_max" or spec.crops_to_foreground:
-        volume, spec = _fit_to_scan(volume, spec)
     try:
-        plan_h, plan_w, plan_d = (_plan(volume, spec, axis, side) for axis, side in enumerate((height, width, depth)))
+        plan_h, plan_w, plan_d = (_plan(volume, spec, axis, side).every(step) for axis, (side, step) in enumerate(
+            zip((height, width, depth), (*steps_dhw[1:], steps_dhw[0]), strict=True)))
     except InputError as error:
         raise InputError(f"{volume.name}: {error}") from error
-    result = np.full((depth, height, width), spec.pad_value, np.float32)
+    shape = tuple(-(-side // step) for side, step in zip(spec.shape_dhw, steps_dhw, strict=True))
+    result = np.full(shape, spec.pad_value, np.float32)
     inside = result[plan_d.span, plan_h.span, plan_w.span]
-    slices: dict[int, NDArray[np.float32]] = {}
-    for index, (lower, upper) in enumerate(zip(plan_d.lower, plan_d.upper, strict=True)):
-        slices = {k: slices[k] if k in slices else _scaled_slice(volume, int(k), spec) for k in (lower, upper)}
-        plane = _blend(slices[lower], slices[upper], plan_d.weight[index])
-        plane = _blend(plane[plan_h.lower], plane[plan_h.upper], plan_h.weight[:, None])
-        plane = _blend(plane[:, plan_w.lower], plane[:, plan_w.upper], plan_w.weight)
-        plane *= np.float32(spec.resampling_scale_hu)
-        np.clip(plane, *spec.window_hu, out=plane)
-        plane += np.float32(spec.offset_hu)
-        np.divide(plane, np.float32(spec.scale_hu), out=inside[index])
+    plane = _Plane(volume, spec, plan_h, plan_w)
+
+    def work(planes: NDArray[np.intp]) -> None:
+        slices: dict[int, NDArray[np.float32]] = {}
+        for index in planes:
+            wanted = int(plan_d.lower[index]), int(plan_d.upper[index])
+            slices = {k: slices[k] if k in slices else plane.read(k) for k in wanted}
+            inside[index] = plane.finish(_blend(slices[wanted[0]], slices[wanted[1]], plan_d.weight[index]))
+
+    parts = np.array_split(np.arange(len(plan_d.lower)), threads)
+    if threads == 1:
+        work(parts[0])
+        return result
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(work, part) for part in parts]:
+            future.result()
     return result
+
+
+class _Plane:
+    """Slices of a scan, transposed to ``[W, H]`` (NIfTI files store H fastest), reduced to what the samples need."""
+
+    def __init__(self, volume: Volume, spec: Preprocessing, plan_h: AxisPlan, plan_w: AxisPlan) -> None:
+        self._volume, self._spec = volume, spec
+        # Stored rows and columns that some sample needs, and where in them its two neighbours are.
+        self._rows, (self._w0, self._w1) = _needed(plan_w, volume.stored.shape[1])
+        self._columns, (self._h0, self._h1) = _needed(plan_h, volume.stored.shape[0])
+        self._weight_w, self._weight_h = plan_w.weight[:, None], plan_h.weight
+
+    def read(self, index: int) -> NDArray[np.float32]:
+        """What is needed of a slice, clipped and divided."""
+        stored = self._volume.stored[:, :, index].T[self._rows][:, self._columns]
+        hounsfield = self._volume.hounsfield(stored)
+        np.clip(hounsfield, *self._spec.clip_hu, out=hounsfield)
+        hounsfield /= np.float32(self._spec.resampling_scale_hu)
+        return hounsfield
+
+    def finish(self, plane: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Resample a plane between slices along W and H and put it into the window: ``[H', W']``."""
+        plane = _blend(plane[self._w0], plane[self._w1], self._weight_w)
+        plane = _blend(plane.take(self._h0, 1), plane.take(self._h1, 1), self._weight_h)
+        plane *= np.float32(self._spec.resampling_scale_hu)
+        np.clip(plane, *self._spec.window_hu, out=plane)
+        plane += np.float32(self._spec.offset_hu)
+        plane /= np.float32(self._spec.scale_hu)
+        return plane.T
+
+
+def _needed(plan: AxisPlan, size: int) -> tuple[NDArray[np.intp] | slice, tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Indices that the plan reads, and its lower and upper neighbours as positions among them."""
+    indices = np.union1d(plan.lower, plan.upper)
+    if 2 * len(indices) > size:  # a view of everything costs less than gathering most of it
+        return slice(None), (plan.lower, plan.upper)
+    return indices, (np.searchsorted(indices, plan.lower), np.searchsorted(indices, plan.upper))
 
 
 def _plan(volume: Volume, spec: Preprocessing, axis: int, length: int) -> AxisPlan:
@@ -98,13 +164,16 @@ def _plan(volume: Volume, spec: Preprocessing, axis: int, length: int) -> AxisPl
     return plan_axis(size, volume.spacing_hwd_mm[axis], spec.spacing_hwd_mm[axis], length)
 
 
-def _fit_to_scan(volume: Volume, spec: Preprocessing) -> tuple[Volume, Preprocessing]:
-    """The scan cut to its foreground, and the window that its own values make.
+def fit_to_scan(volume: Volume, spec: Preprocessing) -> tuple[Volume, Preprocessing]:
+    """The scan cut to its foreground, and the window that its own values make, where ``spec`` asks for that.
 
     Reference: MONAI's ``CropForeground`` as Med3DVLM's data preparation calls it, after scaling to 0..1. Scaling
     commutes with resampling, so it can follow as a window.
     """
-    def clipped() -> Iterator[NDArray[np.float64]]:  # slice by slice, twice, rather than a full-size copy
+    if spec.intensity == "window" and not spec.crops_to_foreground:
+        return volume, spec
+
+    def clipped() -> Iterator[NDArray[np.float32]]:  # slice by slice, twice, rather than a full-size copy
         for index in range(volume.stored.shape[2]):
             yield np.clip(volume.hounsfield(volume.stored[:, :, index]), *spec.clip_hu)
 
@@ -125,15 +194,9 @@ def _fit_to_scan(volume: Volume, spec: Preprocessing) -> tuple[Volume, Preproces
     return volume, spec
 
 
-def _scaled_slice(volume: Volume, index: int, spec: Preprocessing) -> NDArray[np.float32]:
-    """Slice ``[H, W]`` of the scan, clipped and divided, rounded to float32 where the original rounds."""
-    hounsfield = volume.hounsfield(volume.stored[:, :, index])
-    np.clip(hounsfield, *spec.clip_hu, out=hounsfield)
-    hounsfield /= spec.resampling_scale_hu
-    return hounsfield.astype(np.float32, order="C")
-
-
 def _blend(
     lower: NDArray[np.float32], upper: NDArray[np.float32], weight: NDArray[np.float32] | np.float32
 ) -> NDArray[np.float32]:
-    return (lower * (np.float32(1) - weight) + upper * weight).astype(np.float32, copy=False)
+    result = lower * (np.float32(1) - weight)
+    result += upper * weight
+    return result

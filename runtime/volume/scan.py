@@ -20,6 +20,7 @@ def read_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_I
                       needs_spacing=spec.resampling == "to_spacing")
 
 
-def prepare_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_IN_FILE) -> NDArray[np.float32]:
+def prepare_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_IN_FILE,
+                 threads: int = 1) -> NDArray[np.float32]:
     """Read and preprocess a file: ``[D, H, W]`` float32. Raises like ``read_nifti`` and ``preprocess``."""
-    return preprocess(read_scan(path, spec, options), spec)
+    return preprocess(read_scan(path, spec, options), spec, threads)

@@ -108,6 +108,8 @@ def test_other_schema(bundle_copy: Path, version: int, advice: str):
     (lambda m: m.pop("reduction"), "reduction"),
     (lambda m: m.update(reduction="width"), "reduction"),
     (lambda m: m.update(input_size="128"), "input_size"),
+    (lambda m: m["graphs"][0]["inputs"].pop(), "expected the sides that the image tower reads"),
+    (lambda m: m["graphs"][0]["inputs"][1]["axes"].__setitem__(2, 32), "expected the sides that the image tower reads"),
     (lambda m: m.update(encoder=None), "encoder"),
     (lambda m: m["preprocessing"].update(shape_dhw=[64, 128]), "shape_dhw"),
     (lambda m: m["preprocessing"].update(shape_dhw=[64, 128, -128]), "shape_dhw is .* expected positive sides"),
