@@ -54,18 +54,21 @@ class Classification(Scores):
     """Scores of the fine-tuned detector."""
 
 
-def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True) -> Model:
+def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True,
+         backend: str = "onnxruntime", bf16: bool = False) -> Model:
     """Open a bundle for inference.
 
     Args:
         device: "cpu" or "cuda"; never replaced silently by the other.
         threads: CPU threads of one inference; None = the cores this process may use.
         verify: compare the sha256 of every file with the manifest.
+        backend: "onnxruntime" or "openvino".
+        bf16: let openvino compute in bfloat16; results change.
 
     Raises:
         InputError, BundleError: no bundle there, or a damaged, edited or newer one.
     """
-    return Model(open_bundle(bundle, verify), Options(device, threads))
+    return Model(open_bundle(bundle, verify), Options(device, threads, backend, bf16))
 
 
 class Model:

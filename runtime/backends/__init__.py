@@ -15,6 +15,10 @@ def open_graph(path: Path, options: Options) -> Backend:
         DeviceUnavailable: the device is not there, or the library fell back to another one.
         BundleError: the library refuses the file.
     """
+    if options.backend == "openvino":
+        from .openvino import OpenVinoBackend
+
+        return OpenVinoBackend(path, options)
     from .onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(path, options)

@@ -12,20 +12,31 @@ from numpy.typing import NDArray
 from ..errors import InputError
 
 DEVICES = ("cpu", "cuda")
+BACKENDS = ("onnxruntime", "openvino")
 #: More than any machine has cores; a library that is asked for more hangs or crashes.
 MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Options:
-    """``device``: "cpu" or "cuda". ``threads``: CPU threads of one inference; None = the cores this process may use."""
+    """How to run graphs.
+
+    ``device``: "cpu" or "cuda". ``threads``: CPU threads of one inference; None = the cores this process may use.
+    ``backend``: inference library. ``bf16``: compute in bfloat16 what the library can, which changes results.
+    """
 
     device: str = "cpu"
     threads: int | None = None
+    backend: str = "onnxruntime"
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise InputError(f"device: {self.device!r}; expected one of {', '.join(DEVICES)}")
+        if self.backend not in BACKENDS:
+            raise InputError(f"backend: {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+        if self.bf16 and self.backend != "openvino":
+            raise InputError(f"bf16: the {self.backend} back end has none; use the openvino back end")
         if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):
             raise InputError(f"threads: {self.threads!r}; expected 1 to {MOST_THREADS}")
 

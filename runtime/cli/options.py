@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..backends.base import DEVICES, MOST_THREADS
+from ..backends.base import BACKENDS, DEVICES, MOST_THREADS
 from ..errors import InputError
 from ..files import require_file
 
@@ -42,6 +42,9 @@ def model_options(function: _F) -> _F:
     for option in reversed((
         click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True),
         click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; default: all usable cores."),
+        click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
+                     help="Inference library."),
+        click.option("--bf16", is_flag=True, help="Let openvino compute in bfloat16: faster, and results change."),
         click.option("--no-verify", is_flag=True, help="Do not compare the bundle's files with their sha256."),
     )):
         function = option(function)
