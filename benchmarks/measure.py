@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..runtime.errors import DcformerError
-from .contenders import Job, open_contender
+from .contenders import Entrant, Job, open_contender
 
 _SEED = 0
 #: Thread pools of the contender that ran last spin for a moment; let them fall asleep before the next one starts.
@@ -35,11 +36,12 @@ _PAUSE_S = 0.1
 class Measurement:
     """One contender.
 
-    Latencies are of one volume, preprocessed, in and the embedding out. ``cold_start_ms``: from starting the process
-    to the first embedding, imports and loading included, making the input left out. ``peak_rss_mb`` is the process's,
-    the input volume included.
+    Latencies are of one volume, preprocessed, in and the embedding out; from a scan's file where ``Report.scan`` is set.
+    ``cold_start_ms``: from starting the process to the first result, imports and loading included, making the input left
+    out. ``peak_rss_mb`` is the process's, the input volume included.
     ``ratio``: how many times faster than the first contender, the median over rounds of paired latencies.
-    ``cosine``: with the first contender's embedding, where both have the same weights.
+    ``cosine``: with what the first contender computed, where both have the same weights: an embedding, or from a file
+    the scores or the loaded voxels.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Report:
     encoder: str
     volume_dhw: tuple[int, int, int]
     contenders: tuple[Measurement, ...]
+    scan: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -72,12 +75,13 @@ class Report:
 class Worker:
     """A contender in its own process."""
 
-    def __init__(self, name: str, job: Job, shape: tuple[int, int, int]) -> None:
-        self.name = name
+    def __init__(self, entrant: Entrant, shape: tuple[int, int, int]) -> None:
+        self.name = entrant.name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         start = time.perf_counter()
-        self._process = context.Process(target=_serve, args=(theirs, name, job, shape), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, entrant.kind, entrant.job, shape),
+                                        daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -120,25 +124,34 @@ class Worker:
         return value
 
 
-def _serve(connection: Connection, name: str, job: Job, shape: tuple[int, int, int]) -> None:
+def _serve(connection: Connection, kind: str, job: Job, shape: tuple[int, int, int]) -> None:
     """Body of a worker process: load, run once, then obey."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
     try:
         start = time.perf_counter()
-        low, high = job.value_range
-        volume = np.random.default_rng(_SEED).random((1, *shape), np.float32)
-        volume *= high - low
-        volume += low
+        volume = _random_volume(shape, job.value_range) if job.scan is None else None
         input_s = time.perf_counter() - start
-        contender = open_contender(name, job)
-        connection.send(("ready", (contender.describe(), contender.run(volume)[0], input_s)))
+        contender = open_contender(kind, job)
+
+        def work() -> NDArray[np.float32]:
+            return contender.run(volume) if volume is not None else contender.run_scan(str(job.scan))
+
+        connection.send(("ready", (contender.describe(), work()[0], input_s)))
         while connection.recv() == "run":
             start = time.perf_counter()
-            contender.run(volume)
+            work()
             connection.send(("ms", (time.perf_counter() - start) * 1e3))
         connection.send(("peak", _peak_rss_mb()))
     except (DcformerError, ImportError, MemoryError, RuntimeError) as error:
         connection.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _random_volume(shape: tuple[int, int, int], value_range: tuple[float, float]) -> NDArray[np.float32]:
+    low, high = value_range
+    volume = np.random.default_rng(_SEED).random((1, *shape), np.float32)
+    volume *= high - low
+    volume += low
+    return volume
 
 
 def _peak_rss_mb() -> float:
@@ -151,7 +164,7 @@ def _peak_rss_mb() -> float:
 
 
 def measure(
-    names: Sequence[str], job: Job, encoder: str, shape: tuple[int, int, int], runs: int,
+    entrants: Sequence[Entrant], encoder: str, shape: tuple[int, int, int], runs: int,
     on_run: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Measure contenders by turns; the first is the one that the others are compared with.
@@ -166,10 +179,10 @@ def measure(
     """
     workers: list[Worker] = []
     try:
-        for name in names:
-            on_run(f"{name}: cold start")
-            workers.append(Worker(name, job, shape))
-        latencies: dict[str, list[float]] = {name: [] for name in names}
+        for entrant in entrants:
+            on_run(f"{entrant.name}: cold start")
+            workers.append(Worker(entrant, shape))
+        latencies: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
         for turn in range(runs + 1):
             # The order turns round every time, so that no contender always follows the same one.
             for worker in workers if turn % 2 else reversed(workers):
@@ -182,7 +195,7 @@ def measure(
     finally:
         for worker in workers:
             worker.kill()
-    first = workers[0]
+    first, job = workers[0], entrants[0].job
     return Report(
         date=datetime.date.today().isoformat(),
         machine=machine(),
@@ -194,6 +207,7 @@ def measure(
                      first.embedding if job.same_weights and worker is not first else None)
             for worker in workers
         ),
+        scan=job.scan,
     )
 
 
@@ -208,8 +222,12 @@ def _summary(worker: Worker, latencies: list[float], peak: float, baseline: list
         cold_start_ms=worker.cold_start_ms,
         peak_rss_mb=peak,
         ratio=float(np.median(np.array(baseline) / np.array(latencies))),
-        cosine=float(reference @ worker.embedding) if reference is not None else None,
+        cosine=_cosine(reference, worker.embedding) if reference is not None else None,
     )
+
+
+def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), float(np.finfo(np.float32).tiny)))
 
 
 def machine() -> str:

@@ -20,7 +20,7 @@ from ..export.make_bundle import ExportOptions, export_random_weights
 from ..export.registry import EncoderSpec, all_encoders, get_encoder
 from ..runtime.errors import DcformerError, InputError
 from ..runtime.manifest import MANIFEST_NAME
-from .contenders import Job, onnxruntime_bundle
+from .contenders import Entrant, Job, bundle
 from .measure import Worker, machine
 
 ALL = "all"
@@ -99,21 +99,21 @@ def export_all(encoders: Sequence[EncoderSpec], size: int, folder: Path, on_stag
     bundles = []
     for spec in encoders:
         fitting = fitting_size(spec, size)
-        bundle = folder / f"{spec.name}-{fitting}"
-        if not (bundle / MANIFEST_NAME).exists():
+        out = folder / f"{spec.name}-{fitting}"
+        if not (out / MANIFEST_NAME).exists():
             on_stage(f"{spec.name}: exporting")
-            export_random_weights(spec.name, _SEED, bundle, ExportOptions(tokenizer=None, input_size=fitting))
-        bundles.append(bundle)
+            export_random_weights(spec.name, _SEED, out, ExportOptions(tokenizer=None, input_size=fitting))
+        bundles.append(out)
     return bundles
 
 
 class _Turns:
     """What the rounds of one encoder gave."""
 
-    def __init__(self, spec: EncoderSpec, size: int, bundle: Path, threads: int) -> None:
+    def __init__(self, spec: EncoderSpec, size: int, folder: Path, threads: int) -> None:
         self.spec, self.size = spec, fitting_size(spec, size)
         self.shape = self.size // 2, self.size, self.size
-        self.job = Job(str(bundle), None, threads)
+        self.entrant = Entrant(spec.name, bundle.KIND, Job(str(folder), None, threads))
         self.rounds: list[list[float]] = []
         self.cold_starts: list[float] = []
         self.peaks: list[float] = []
@@ -121,7 +121,7 @@ class _Turns:
 
     def measure(self, runs: int) -> None:
         """One round: a process, a warm-up, ``runs`` measured inferences."""
-        worker = Worker(onnxruntime_bundle.NAME, self.job, self.shape)
+        worker = Worker(self.entrant, self.shape)
         try:
             worker.run()
             latencies = [worker.run() for _ in range(runs)]
@@ -159,7 +159,7 @@ def survey(encoders: Sequence[EncoderSpec], size: int, bundles: Sequence[Path], 
         runs: measured inferences of each encoder in each round.
         on_stage: told what runs next; for progress display.
     """
-    turns = [_Turns(spec, size, bundle, threads) for spec, bundle in zip(encoders, bundles, strict=True)]
+    turns = [_Turns(spec, size, made, threads) for spec, made in zip(encoders, bundles, strict=True)]
     for number in range(rounds):
         for turn in turns if number % 2 == 0 else reversed(turns):
             if turn.problem:

@@ -1,10 +1,10 @@
-"""What can be measured: each contender embeds the same volume in a process of its own, one file per kind."""
+"""What can be measured: each contender does the same work in a process of its own, one file per kind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Job:
-    """What to load: ``bundle`` folder; ``checkpoint`` file or None; CPU ``threads``; see each contender.
+    """What to load and to do.
 
+    ``bundle`` folder; ``checkpoint`` file or None; CPU ``threads``; see each contender.
     ``same_weights``: whether every contender has the bundle's weights, so that embeddings can be compared.
-    ``value_range``: of preprocessed volumes.
+    ``value_range``: of preprocessed volumes. ``backend``, ``bf16``: for bundles, as in ``runtime.backends.Options``.
+    ``scan``: a file; what is measured then begins at that file instead of at a preprocessed volume.
     """
 
     bundle: str
@@ -23,13 +25,33 @@ class Job:
     threads: int
     same_weights: bool = False
     value_range: tuple[float, float] = (-1.0, 1.0)
+    backend: str = "onnxruntime"
+    bf16: bool = False
+    scan: str | None = None
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contender's name in the table, its kind (of ``open_contender``), and its job."""
+
+    name: str
+    kind: str
+    job: Job
 
 
 class Contender(Protocol):
-    """A loaded model; ``run`` embeds a preprocessed volume ``[1, D, H, W]`` float32 into ``[1, 512]``."""
+    """A loaded model.
+
+    ``run`` embeds a preprocessed volume ``[1, D, H, W]`` float32 into ``[1, 512]``. ``run_scan`` begins at a file, and
+    returns ``[1, n]`` that tells whether two contenders did the same.
+    """
 
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         """Image embedding of one volume."""
+        ...
+
+    def run_scan(self, scan: str) -> NDArray[np.float32]:
+        """File to scores or, for those that only load, to what the image tower reads."""
         ...
 
     def describe(self) -> str:
@@ -37,12 +59,14 @@ class Contender(Protocol):
         ...
 
 
-def open_contender(name: str, job: Job) -> Contender:
-    """Load a contender by its name; imports only what that one needs."""
-    from . import onnxruntime_bundle, pytorch_eager
+def open_contender(kind: str, job: Job) -> Contender:
+    """Load a contender; imports only what that one needs."""
+    from . import bundle, loading, pytorch_eager
 
-    openers: dict[str, Callable[[Job], Contender]] = {
-        onnxruntime_bundle.NAME: onnxruntime_bundle.open_contender,
-        pytorch_eager.NAME: pytorch_eager.open_contender,
+    openers: dict[str, Callable[[Job], Any]] = {
+        bundle.KIND: bundle.open_contender,
+        pytorch_eager.KIND: pytorch_eager.open_contender,
+        loading.KIND: loading.open_contender,
+        loading.ORIGINAL_KIND: loading.open_original,
     }
-    return openers[name](job)
+    return openers[kind](job)

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.bundle import open_bundle
+from ...runtime.scoring import probabilities
 from . import Job
 
-NAME = "pytorch"
+KIND = "pytorch"
 
 
 class _Eager:
@@ -34,11 +35,23 @@ class _Eager:
             model = random_checkpoint(manifest.encoder, 0, manifest.input_size, manifest.reduction).build()
             weights = "random weights"
         self._clip = model.trained_model if isinstance(model, Detector) else model
+        self._manifest = manifest
+        self._prompts = None if manifest.zero_shot is None else np.load(
+            Path(job.bundle) / manifest.zero_shot.prompt_embeddings, allow_pickle=False)
         self._description = f"PyTorch {torch.__version__} eager, {job.threads} threads, {weights}"
 
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         with self._torch.inference_mode():
             return self._clip.encode_image(self._torch.from_numpy(volume[:, None])).embedding.numpy()
+
+    def run_scan(self, scan: str) -> NDArray[np.float32]:
+        from ..original import load_volume
+
+        assert self._prompts is not None
+        assert self._manifest.zero_shot is not None
+        embedding = self.run(load_volume(scan, self._manifest.preprocessing)[None])
+        cosine = np.einsum("nd,cpd->ncp", embedding, self._prompts)
+        return probabilities(cosine, self._manifest.zero_shot)
 
     def describe(self) -> str:
         return self._description

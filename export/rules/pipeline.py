@@ -73,6 +73,8 @@ RULES: tuple[Callable[[], Step], ...] = (
     LineInput,
     lambda: PatternStep("convolve_in_planes", convolve_in_planes.RULES),
 )
+#: Not for libraries with fast kernels of their own for three-dimensional convolutions (OpenVINO, TensorRT).
+NOT_FOR_3D = ("convolve_in_planes",)
 #: Key of a node's metadata.
 RULE_TAG = "dcformer_deploy.rewrite"
 RULE_NAMES = tuple(make().title for make in RULES)

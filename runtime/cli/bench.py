@@ -23,6 +23,12 @@ from .output import print_json, print_table, progress
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
               help="The checkpoint of BUNDLE: PyTorch then runs its weights, and embeddings are compared.")
+@click.option("--against", metavar="NAME,NAME,…",
+              help="Beside BUNDLE: torch (the default), onnx-naive, openvino-naive, openvino, openvino-bf16.")
+@click.option("--scan", type=click.Path(path_type=Path), metavar="SCAN",
+              help="Measure from this file to scores instead of from a preprocessed volume to the embedding.")
+@click.option("--load-only", is_flag=True,
+              help="With --scan: measure reading and preprocessing alone, beside the original's method.")
 @click.option("--encoders", metavar="NAME,NAME,…",
               help="Instead of BUNDLE: encoders with random weights, or 'all', beside each other.")
 @click.option("--size", type=click.IntRange(min=32), metavar="S",
@@ -32,60 +38,75 @@ from .output import print_json, print_table, progress
 @click.option("--bundles", type=click.Path(path_type=Path), metavar="DIR",
               help="With --encoders: keep the exported bundles there, and use those that are there already.")
 @json_option
-def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Path | None, encoders: str | None,
-            size: int | None, out: Path | None, bundles: Path | None, as_json: bool) -> None:
+def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Path | None, against: str | None,
+            scan: Path | None, load_only: bool, encoders: str | None, size: int | None, out: Path | None,
+            bundles: Path | None, as_json: bool) -> None:
     """Measure latency (median, p95), peak memory and cold start of BUNDLE's image tower, or of many encoders.
 
-    With a BUNDLE, PyTorch eager runs beside it, by turns, where torch is installed.
+    With a BUNDLE, others run beside it, by turns; ratios are to the first of them.
     """
     if (bundle is None) == (encoders is None):
         raise InputError("pass a BUNDLE, or --encoders to measure encoders without one")
     thread_count = Options(threads=threads).thread_count
     if encoders is not None:
-        if size is None or checkpoint is not None:
-            raise InputError("--encoders needs --size S" if size is None else "--checkpoint is for a BUNDLE; drop it")
+        if size is None:
+            raise InputError("--encoders needs --size S")
+        for option, value in (("--checkpoint", checkpoint), ("--against", against), ("--scan", scan)):
+            if value is not None:
+                raise InputError(f"{option} is for a BUNDLE; drop it")
         _bench_encoders(encoders, size, runs, thread_count, out, bundles, as_json)
         return
     for option, value in (("--size", size), ("--out", out), ("--bundles", bundles)):
         if value is not None:
             raise InputError(f"{option} is for --encoders; drop it")
+    if load_only and scan is None:
+        raise InputError("--load-only needs --scan SCAN")
     assert bundle is not None
-    _bench_bundle(bundle, runs, thread_count, checkpoint, as_json)
+    _bench_bundle(bundle, against, checkpoint, scan, load_only, runs, thread_count, as_json)
 
 
-def _bench_bundle(bundle: Path, runs: int, threads: int, checkpoint: Path | None, as_json: bool) -> None:
-    from ...benchmarks.contenders import Job
+def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, scan: Path | None, load_only: bool,
+                  runs: int, threads: int, as_json: bool) -> None:
+    from ...benchmarks.entrants import Field, choose_entrants, loading_entrants
     from ...benchmarks.measure import measure
 
     manifest = open_bundle(bundle).manifest
-    names = ["onnxruntime"]
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        click.echo(f"warning: {' and '.join(missing)} not installed here, so PyTorch is not measured beside the bundle",
-                   err=True)
-    else:
-        names.insert(0, "pytorch")
     if checkpoint is not None:
         weights = checkpoint / (manifest.source.file or "") if checkpoint.is_dir() else checkpoint
         require_file(weights, "checkpoint")
         if (found := sha256_file(weights)) != manifest.source.sha256:
             raise InputError(f"{weights}: sha256 {found[:12]}…, but {bundle} was made from {manifest.source}; pass "
                              "that one, or none")
-    job = Job(str(bundle), str(checkpoint) if checkpoint else None, threads,
-              checkpoint is not None or manifest.source.random_seed is not None, manifest.preprocessing.value_range)
-    with progress() as display:
-        report = measure(names, job, manifest.encoder, manifest.preprocessing.shape_dhw, runs, display.stage)
+    if scan is not None:
+        require_file(scan, "scan")
+    field = Field(bundle, checkpoint, threads, scan)
+    names = [name.strip() for name in against.split(",")] if against is not None else _default_rivals()
+    with tempfile.TemporaryDirectory() as folder, progress() as display:
+        entrants = (loading_entrants(field) if load_only else
+                    choose_entrants(names, field, Path(folder), display.stage))
+        report = measure(entrants, manifest.encoder, manifest.preprocessing.shape_dhw, runs, display.stage)
     if as_json:
         print_json(report.to_dict())
         return
     size = "x".join(map(str, report.volume_dhw))
-    title = f"{report.encoder}, volume {size}, batch 1; {report.machine}, {report.threads} threads; {report.date}"
-    columns = ("", "median ms", "p95 ms", "runs", f"times {names[0]}", "cold start ms", "peak RSS MB", "cosine")
+    work = f"volume {size}, batch 1" if scan is None else f"{scan.name} to {'voxels' if load_only else 'scores'}"
+    title = f"{report.encoder}, {work}; {report.machine}, {report.threads} threads; {report.date}"
+    columns = ("", "median ms", "p95 ms", "runs", f"times {report.contenders[0].name}", "cold start ms", "peak RSS MB",
+               "cosine", "")
     print_table(title, columns, (
-        (c.description, f"{c.median_ms:.0f}", f"{c.p95_ms:.0f}", c.runs, f"{c.ratio:.2f}", f"{c.cold_start_ms:.0f}",
-         f"{c.peak_rss_mb:.0f}", "-" if c.cosine is None else f"{c.cosine:.6f}")
+        (c.name, f"{c.median_ms:.0f}", f"{c.p95_ms:.0f}", c.runs, f"{c.ratio:.2f}", f"{c.cold_start_ms:.0f}",
+         f"{c.peak_rss_mb:.0f}", "-" if c.cosine is None else f"{c.cosine:.6f}", c.description)
         for c in report.contenders
     ))
+
+
+def _default_rivals() -> list[str]:
+    """PyTorch eager where it is installed."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        click.echo(f"warning: {' and '.join(missing)} not installed here, so PyTorch is not measured beside the bundle",
+                   err=True)
+    return [] if missing else ["torch"]
 
 
 def _bench_encoders(names: str, size: int, runs: int, threads: int, out: Path | None, bundles: Path | None,

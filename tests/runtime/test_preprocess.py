@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcformer_deploy.benchmarks.original import preprocess_array
 from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.manifest import Preprocessing
 from dcformer_deploy.runtime.volume import ReadOptions, Volume, preprocess, read_nifti
@@ -34,25 +33,6 @@ def test_golden(case: int, ct: Path):
     assert found.std(dtype=np.float64) == pytest.approx(expected[f"c{case}_std"], abs=1e-7)
 
 
-def original(array: np.ndarray, slope: float, intercept: float, spacing: tuple[float, float, float],
-             shape_dhw: tuple[int, int, int]) -> np.ndarray:
-    """The published method, step by step, with full-size intermediates: ``[H, W, D]`` to ``[D, H, W]``."""
-    scaled = (np.clip(slope * array.astype(np.float64) + intercept, -1000, 1000) / 1000).astype(np.float32)
-    volume = torch.from_numpy(scaled.transpose(2, 0, 1).copy())[None, None]
-    target = (1.5, 0.75, 0.75)
-    current = (spacing[2], spacing[0], spacing[1])
-    size = [int(n * (c / t)) for n, c, t in zip(volume.shape[2:], current, target, strict=True)]
-    resized = F.interpolate(volume, size=size, mode="trilinear", align_corners=False)[0, 0] * 1000
-    resized = (resized.clamp(-1000, 200) + 400) / 600
-    padding: list[int] = []
-    for axis, length in enumerate(shape_dhw):
-        start = max((resized.shape[axis] - length) // 2, 0)
-        resized = resized.narrow(axis, start, min(length, resized.shape[axis]))
-        before = (length - resized.shape[axis]) // 2
-        padding = [before, length - resized.shape[axis] - before, *padding]
-    return F.pad(resized, padding, value=-1).numpy()
-
-
 sides = st.tuples(*[st.integers(4, 90)] * 3)
 spacings = st.tuples(*[st.floats(0.4, 3.0)] * 3)
 
@@ -65,7 +45,8 @@ def test_equals_the_original_method(shape, spacing, target, seed, rescale):
     array = random.integers(-1500, 2500, shape).astype(np.int16)
     volume = Volume("test", array, (LinearMap(), LinearMap(slope, intercept)), spacing, "LPS")
     found = preprocess(volume, Preprocessing(target))
-    np.testing.assert_allclose(found, original(array, slope, intercept, spacing, target), rtol=0, atol=TOLERANCE)
+    expected = preprocess_array(array, slope, intercept, spacing, Preprocessing(target))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_equals_the_original_method_at_clinical_size():
@@ -79,7 +60,7 @@ def test_equals_the_original_method_at_clinical_size():
         array = random.integers(-1000, 1000, shape).astype(np.int16)
         volume = Volume("test", array, (), spacing, "LPS")
         found = preprocess(volume, Preprocessing(target))
-        expected = original(array, 1, 0, spacing, target)
+        expected = preprocess_array(array, 1, 0, spacing, Preprocessing(target))
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 

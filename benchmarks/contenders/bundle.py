@@ -1,4 +1,4 @@
-"""The bundle as a user runs it: ONNX Runtime through the runtime package."""
+"""The bundle as a user runs it, through the runtime package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ...runtime.model import Model, load
 from . import Job
 
-NAME = "onnxruntime"
+KIND = "bundle"
 
 
 class _Bundle:
@@ -18,12 +18,15 @@ class _Bundle:
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._model.image_outputs(volume, ["image_embedding"])["image_embedding"]
 
+    def run_scan(self, scan: str) -> NDArray[np.float32]:
+        return np.array([list(self._model.zero_shot(scan).scores.values())], np.float32)
+
     def describe(self) -> str:
         return self._model.describe()
 
 
 def open_contender(job: Job) -> _Bundle:
     """Load the bundle and its image tower."""
-    model = load(job.bundle, threads=job.threads)
+    model = load(job.bundle, threads=job.threads, backend=job.backend, bf16=job.bf16)
     model.describe()
     return _Bundle(model)

@@ -1,0 +1,118 @@
+"""Whom ``dcformer bench BUNDLE --against`` lets run beside a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..export.make_bundle import ExportOptions, export_checkpoint, export_random_weights
+from ..export.rules.pipeline import NOT_FOR_3D, RULE_NAMES
+from ..runtime.bundle import open_bundle
+from ..runtime.errors import InputError, suggestion
+from ..runtime.manifest import MANIFEST_NAME, Manifest
+from .contenders import Entrant, Job, bundle, loading, pytorch_eager
+
+#: The bundle itself, which always runs.
+OWN = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """``without``: rewrites left out of the bundle; None for the bundle as it is."""
+
+    kind: str
+    without: tuple[str, ...] | None = None
+    backend: str = "onnxruntime"
+    bf16: bool = False
+
+
+_KINDS = {
+    "torch": _Kind(pytorch_eager.KIND),
+    "onnx-naive": _Kind(bundle.KIND, RULE_NAMES),
+    OWN: _Kind(bundle.KIND),
+    "openvino-naive": _Kind(bundle.KIND, RULE_NAMES, "openvino"),
+    "openvino": _Kind(bundle.KIND, NOT_FOR_3D, "openvino"),
+    "openvino-bf16": _Kind(bundle.KIND, NOT_FOR_3D, "openvino", bf16=True),
+}
+NAMES = tuple(_KINDS)
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a race takes place: a bundle, the checkpoint it was made from if there is one, threads, a scan's file."""
+
+    bundle: Path
+    checkpoint: Path | None
+    threads: int
+    scan: Path | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the bundle."""
+        return open_bundle(self.bundle).manifest
+
+
+def choose_entrants(names: Sequence[str], field: Field, folder: Path,
+                    on_stage: Callable[[str], None] = lambda _: None) -> list[Entrant]:
+    """Entrants of these names, in their order, and the bundle itself at the end if it is not among them.
+
+    Args:
+        folder: where other exports of the bundle's weights are made.
+
+    Raises:
+        InputError: no such name, one named twice, or weights that are not at hand.
+    """
+    for index, name in enumerate(names):
+        if name not in _KINDS:
+            raise InputError(f"--against {name!r}: unknown{suggestion(name, _KINDS)}; the names are {', '.join(NAMES)}")
+        if name in names[:index]:
+            raise InputError(f"--against: {name} is named twice")
+    manifest = field.manifest
+    same_weights = field.checkpoint is not None or manifest.source.random_seed is not None
+    job = Job(str(field.bundle), str(field.checkpoint) if field.checkpoint else None, field.threads, same_weights,
+              manifest.preprocessing.value_range, scan=str(field.scan) if field.scan else None)
+    entrants = []
+    for name in (*names, *[OWN] * (OWN not in names)):
+        kind = _KINDS[name]
+        made = field.bundle
+        if kind.without is not None:
+            made = _export_again(field, manifest, kind.without, folder, on_stage)
+        entrants.append(Entrant(name, kind.kind, replace(job, bundle=str(made), backend=kind.backend, bf16=kind.bf16)))
+    return entrants
+
+
+def loading_entrants(field: Field) -> list[Entrant]:
+    """Reading and preprocessing alone: the original's method and ours."""
+    job = Job(str(field.bundle), None, field.threads, same_weights=True, scan=str(field.scan))
+    return [Entrant("original", loading.ORIGINAL_KIND, job), Entrant("ours", loading.KIND, job)]
+
+
+def _export_again(field: Field, manifest: Manifest, without: tuple[str, ...], folder: Path,
+                  on_stage: Callable[[str], None]) -> Path:
+    """The bundle's weights, exported with other rewrites."""
+    out = folder / ("naive" if without == RULE_NAMES else "three-dimensional")
+    if (out / MANIFEST_NAME).exists():
+        return out
+    on_stage(f"exporting again: {out.name}")
+    options = ExportOptions(None, input_size=manifest.input_size, reduction=manifest.reduction,
+                            without_rewrites=without)
+    if (seed := manifest.source.random_seed) is not None:
+        export_random_weights(manifest.encoder, seed, out, options)
+    elif field.checkpoint is not None:
+        tokenizer = _tokenizer_of(field, manifest, folder)
+        export_checkpoint(field.checkpoint, out, replace(options, tokenizer=tokenizer))
+    else:
+        raise InputError(f"--against needs other exports of {field.bundle}; pass --checkpoint, the file it was made "
+                         "from")
+    return out
+
+
+def _tokenizer_of(field: Field, manifest: Manifest, folder: Path) -> Path | None:
+    """The bundle's own tokenizer, in a folder as the export wants it."""
+    if manifest.text is None:
+        return None
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir(exist_ok=True)
+    (tokenizer / "tokenizer.json").write_bytes((field.bundle / manifest.text.file).read_bytes())
+    return tokenizer
