@@ -36,9 +36,9 @@ _PAUSE_S = 0.1
 class Measurement:
     """One contender.
 
-    Latencies are of one volume, preprocessed, in and the embedding out; from a scan's file where ``Report.scan`` is set.
-    ``cold_start_ms``: from starting the process to the first result, imports and loading included, making the input left
-    out. ``peak_rss_mb`` is the process's, the input volume included.
+    Latencies are of one volume, preprocessed, in and the embedding out; from a file on where ``Report.scan`` is set.
+    ``cold_start_ms``: from starting the process to the first result, imports and loading included, making the input
+    left out. ``peak_rss_mb`` is the process's, the input volume included.
     ``ratio``: how many times faster than the first contender, the median over rounds of paired latencies.
     ``cosine``: with what the first contender computed, where both have the same weights: an embedding, or from a file
     the scores or the loaded voxels.
