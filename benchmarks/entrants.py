@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..export.make_bundle import ExportOptions, export_checkpoint, export_random_weights
-from ..export.rules.pipeline import NOT_FOR_3D, RULE_NAMES
+from ..export.rules.pipeline import RULE_NAMES
 from ..runtime.bundle import open_bundle
 from ..runtime.errors import InputError, suggestion
 from ..runtime.manifest import MANIFEST_NAME, Manifest
@@ -15,25 +15,27 @@ from .contenders import Entrant, Job, bundle, loading, pytorch_eager
 
 #: The bundle itself, which always runs.
 OWN = "onnxruntime"
+#: The export that any tool would make.
+_NAIVE = "naive"
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """``without``: rewrites left out of the bundle; None for the bundle as it is."""
+    """``export``: which export of the weights is run, "naive" or for a target; None for the bundle as it is."""
 
     kind: str
-    without: tuple[str, ...] | None = None
+    export: str | None = None
     backend: str = "onnxruntime"
     bf16: bool = False
 
 
 _KINDS = {
     "torch": _Kind(pytorch_eager.KIND),
-    "onnx-naive": _Kind(bundle.KIND, RULE_NAMES),
+    "onnx-naive": _Kind(bundle.KIND, _NAIVE),
     OWN: _Kind(bundle.KIND),
-    "openvino-naive": _Kind(bundle.KIND, RULE_NAMES, "openvino"),
-    "openvino": _Kind(bundle.KIND, NOT_FOR_3D, "openvino"),
-    "openvino-bf16": _Kind(bundle.KIND, NOT_FOR_3D, "openvino", bf16=True),
+    "openvino-naive": _Kind(bundle.KIND, _NAIVE, "openvino"),
+    "openvino": _Kind(bundle.KIND, "openvino", "openvino"),
+    "openvino-bf16": _Kind(bundle.KIND, "openvino", "openvino", bf16=True),
 }
 NAMES = tuple(_KINDS)
 
@@ -76,8 +78,8 @@ def choose_entrants(names: Sequence[str], field: Field, folder: Path,
     for name in (*names, *[OWN] * (OWN not in names)):
         kind = _KINDS[name]
         made = field.bundle
-        if kind.without is not None:
-            made = _export_again(field, manifest, kind.without, folder, on_stage)
+        if kind.export is not None:
+            made = _export_again(field, manifest, kind.export, folder, on_stage)
         entrants.append(Entrant(name, kind.kind, replace(job, bundle=str(made), backend=kind.backend, bf16=kind.bf16)))
     return entrants
 
@@ -88,15 +90,16 @@ def loading_entrants(field: Field) -> list[Entrant]:
     return [Entrant("original", loading.ORIGINAL_KIND, job), Entrant("ours", loading.KIND, job)]
 
 
-def _export_again(field: Field, manifest: Manifest, without: tuple[str, ...], folder: Path,
+def _export_again(field: Field, manifest: Manifest, export: str, folder: Path,
                   on_stage: Callable[[str], None]) -> Path:
-    """The bundle's weights, exported with other rewrites."""
-    out = folder / ("naive" if without == RULE_NAMES else "three-dimensional")
+    """The bundle's weights, exported without rewrites or for another target."""
+    out = folder / export
     if (out / MANIFEST_NAME).exists():
         return out
-    on_stage(f"exporting again: {out.name}")
-    options = ExportOptions(None, input_size=manifest.input_size, reduction=manifest.reduction,
-                            without_rewrites=without)
+    on_stage(f"exporting again: {export}")
+    options = ExportOptions(None, input_size=manifest.input_size, reduction=manifest.reduction)
+    naive = export == _NAIVE
+    options = replace(options, without_rewrites=RULE_NAMES) if naive else replace(options, target=export)
     if (seed := manifest.source.random_seed) is not None:
         export_random_weights(manifest.encoder, seed, out, options)
     elif field.checkpoint is not None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
-import os
-import platform
 import resource
 import signal
 import sys
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.errors import DcformerError
+from ..runtime.machine import machine
 from .contenders import Entrant, Job, open_contender
 
 _SEED = 0
@@ -228,13 +227,3 @@ def _summary(worker: Worker, latencies: list[float], peak: float, baseline: list
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), float(np.finfo(np.float32).tiny)))
-
-
-def machine() -> str:
-    """Processor and number of usable cores, as stated beside every measured number."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-        model = next(lines, f": {model}").split(":", 1)[1].strip()
-    return f"{model}, {os.cpu_count()} cores"

@@ -19,9 +19,10 @@ from ..export.complexity import count
 from ..export.make_bundle import ExportOptions, export_random_weights
 from ..export.registry import EncoderSpec, all_encoders, get_encoder
 from ..runtime.errors import DcformerError, InputError
+from ..runtime.machine import machine
 from ..runtime.manifest import MANIFEST_NAME
 from .contenders import Entrant, Job, bundle
-from .measure import Worker, machine
+from .measure import Worker
 
 ALL = "all"
 _SEED = 0

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backends import Options, open_graph
+from ..runtime.backends.base import BACKENDS
 from ..runtime.backends.onnxruntime import import_onnxruntime, installed_distributions
 from ..runtime.bundle import record_file, write_manifest
 from ..runtime.errors import InputError
@@ -28,6 +29,7 @@ from ..runtime.manifest import (
     Manifest,
     Preprocessing,
     Reduction,
+    Rewrite,
     Source,
     Text,
     ZeroShotTask,
@@ -38,7 +40,8 @@ from .checkpoints import Checkpoint, read_checkpoint
 from .clip import Clip, Detector
 from .random_weights import random_checkpoint, write_tokenizer
 from .registry import EMBEDDING_DIM
-from .rules.pipeline import require_rules, rewrite_file
+from .rules.measured import Stopwatch
+from .rules.pipeline import MEASURED, require_rules, rewrite_file
 from .tokenizer import convert_tokenizer
 from .trace import describe_graph, trace_image_tower, trace_text_tower
 from .verify import check_image_tower, check_text_tower, require_agreement
@@ -53,6 +56,8 @@ NEGATIVE_PROMPT = "{} is not present."
 SIMILARITY_SCALE = math.e
 _TOOLS = ("dcformer-deploy", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
 _RANDOM_SEED = 0
+ANY_TARGET = "any"
+TARGETS = (*BACKENDS, ANY_TARGET)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class ExportOptions:
     ``check_scan``: a NIfTI file for the comparison with PyTorch; None = the CT that this package carries.
     ``license``: of the weights, for the manifest.
     ``without_rewrites``: names of rewrite rules (``rules.pipeline.RULE_NAMES``) not to apply to the image tower.
+    ``target``: back end on which the image tower is to be fast on this machine's CPU; rules that only pay on some are
+    measured on it. "any" leaves those rules out.
     """
 
     tokenizer: Path | None
@@ -77,6 +84,7 @@ class ExportOptions:
     overwrite: bool = False
     own_tokenizer: bool = True
     without_rewrites: Collection[str] = ()
+    target: str = "onnxruntime"
 
 
 def example_ct() -> Path:
@@ -122,6 +130,8 @@ def _require_possible(out: Path, options: ExportOptions) -> None:
     """What can be known before minutes of work."""
     require_replaceable(out, MANIFEST_NAME if options.overwrite else None)
     require_rules(options.without_rewrites)
+    if options.target not in TARGETS:
+        raise InputError(f"target: {options.target!r}; expected one of {', '.join(TARGETS)}")
     import_onnxruntime()
 
 
@@ -140,7 +150,7 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
         on_stage("tracing the image tower")
         trace_image_tower(model, spec, folder / IMAGE_FILE)
         on_stage("rewriting the image tower")
-        rewrites = rewrite_file(folder / IMAGE_FILE, options.without_rewrites)
+        rewrites = _rewrite(folder / IMAGE_FILE, options)
         graphs = [describe_graph("image", folder / IMAGE_FILE)]
         on_stage("tracing the text tower")
         graphs.append(trace_text_tower(clip, spec, folder / TEXT_FILE))
@@ -175,6 +185,12 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def _rewrite(path: Path, options: ExportOptions) -> list[Rewrite]:
+    if options.target == ANY_TARGET:
+        return rewrite_file(path, (*options.without_rewrites, *MEASURED))
+    return rewrite_file(path, options.without_rewrites, Stopwatch(Options(backend=options.target)))
 
 
 def _source(checkpoint: Checkpoint, weights_license: str | None) -> Source:

@@ -15,6 +15,11 @@ from .errors import InputError
 _CHUNK_BYTES = 1 << 20
 
 
+def cache_folder() -> Path:
+    """Where this program keeps what it may forget; XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcformer-deploy"
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     digest = hashlib.sha256()

@@ -1,6 +1,7 @@
 """Fixtures that several tests share; the expensive ones are made once per session."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,14 @@ from dcformer_deploy.runtime import Model, load
 
 #: Largest relative error against the golden numbers. 1e-6 is measured, 1e-4 is promised to users.
 GOLDEN_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Timings and states of evaluations go to a folder of this session, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.errors import InputError
+from ...runtime.files import cache_folder
 
 
 def state_path(identity: Mapping[str, Any]) -> Path:
     """Where the state of an evaluation with this identity lies, in the user's cache folder."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dcformer-deploy" / "evaluate" / f"{digest}.jsonl"
+    return cache_folder() / "evaluate" / f"{digest}.jsonl"
 
 
 def stamp(path: Path) -> str:

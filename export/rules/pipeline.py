@@ -17,6 +17,7 @@ from . import compose_stem, convolve_in_planes, fold_layer_scale, merge_branches
 from .base import Rule
 from .cost import cost_of
 from .line_input import LineInput
+from .measured import Stopwatch
 
 #: A rule set that still finds something after so many passes goes in circles.
 _MOST_PASSES = 200
@@ -73,15 +74,19 @@ RULES: tuple[Callable[[], Step], ...] = (
     LineInput,
     lambda: PatternStep("convolve_in_planes", convolve_in_planes.RULES),
 )
-#: Not for libraries with fast kernels of their own for three-dimensional convolutions (OpenVINO, TensorRT).
-NOT_FOR_3D = ("convolve_in_planes",)
+#: Rules that are exact everywhere and faster on some targets only.
+MEASURED = ("convolve_in_planes",)
 #: Key of a node's metadata.
 RULE_TAG = "dcformer_deploy.rewrite"
 RULE_NAMES = tuple(make().title for make in RULES)
 
 
-def optimize(proto: onnx.ModelProto, without: Collection[str] = ()) -> tuple[onnx.ModelProto, list[Rewrite]]:
+def optimize(proto: onnx.ModelProto, without: Collection[str] = (),
+             stopwatch: Stopwatch | None = None) -> tuple[onnx.ModelProto, list[Rewrite]]:
     """Apply the rules to a graph, except those named in ``without``.
+
+    Args:
+        stopwatch: keeps a rule of ``MEASURED`` only where it is faster; None keeps it in any case.
 
     Returns:
         The rewritten graph, with inferred shapes, and a report for each rule that was tried.
@@ -99,13 +104,20 @@ def optimize(proto: onnx.ModelProto, without: Collection[str] = ()) -> tuple[onn
         model = ir.from_proto(proto)
         there = set(model.graph)
         matched = step.apply(model)
-        if matched:
-            _stamp(model, there, step.title)
-            passes.IdentityEliminationPass()(model)
-            passes.RemoveUnusedNodesPass()(model)
-            proto = _with_shapes(ir.to_proto(model))
-        after = cost_of(proto) if matched else before
-        reports.append(Rewrite(step.title, matched, tuple(step.refused), before, after))
+        if not matched:
+            reports.append(Rewrite(step.title, 0, tuple(step.refused), before, before))
+            continue
+        _stamp(model, there, step.title)
+        passes.IdentityEliminationPass()(model)
+        passes.RemoveUnusedNodesPass()(model)
+        found = _with_shapes(ir.to_proto(model))
+        timing = stopwatch.compare(proto, found) if stopwatch and step.title in MEASURED else None
+        if timing is not None and not timing.is_faster:
+            reason = f"graph: slower, {timing.after_ms:.0f} instead of {timing.before_ms:.0f} ms"
+            reports.append(Rewrite(step.title, 0, (reason,), before, before, timing))
+            continue
+        proto, after = found, cost_of(found)
+        reports.append(Rewrite(step.title, matched, tuple(step.refused), before, after, timing))
         before = after
     return proto, reports
 
@@ -121,9 +133,9 @@ def _stamp(model: ir.Model, there: Collection[ir.Node], title: str) -> None:
             node.metadata_props[RULE_TAG] = title
 
 
-def rewrite_file(path: Path, without: Collection[str] = ()) -> list[Rewrite]:
+def rewrite_file(path: Path, without: Collection[str] = (), stopwatch: Stopwatch | None = None) -> list[Rewrite]:
     """Replace an ONNX file by its rewritten form, checked; see ``optimize``."""
-    proto, reports = optimize(onnx.load(path), without)
+    proto, reports = optimize(onnx.load(path), without, stopwatch)
     onnx.save(proto, path)
     onnx.checker.check_model(path, full_check=True)
     return reports

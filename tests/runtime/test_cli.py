@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcformer_deploy.runtime import Model
+from dcformer_deploy.runtime import Model, load
 from dcformer_deploy.runtime.cli.app import COMMANDS, main
 from golden import NANO
 from scans import LPS_AFFINE, write
@@ -382,3 +382,23 @@ def test_interruption(capsys, pristine_bundle: Path, ct: Path, monkeypatch: pyte
     monkeypatch.setattr(Model, "embed_image", interrupt)
     refuse(capsys, "interrupted", "embed", pristine_bundle, ct, "--out", tmp_path / "e.npz", code=130)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rewrites_are_shown_and_can_be_left_out(capsys, checkpoint: Path, tmp_path: Path):
+    out = tmp_path / "bundle"
+    assert main(["export", str(checkpoint), "--no-tokenizer", "--out", str(out), "--input", "volume", "--target",
+                 "any", "--without-rewrite", "fold_layer_scale", "--show-rewrites"]) == 0
+    shown = capsys.readouterr().out
+    assert "compose_stem" in shown and "Rewrites of the image tower" in shown
+    assert not {"line_input", "convolve_in_planes", "fold_layer_scale"} & set(shown.split())
+    model = load(out)
+    assert [info.name for info in model.manifest.graphs[0].inputs] == ["volume"]
+    assert [rewrite.rule for rewrite in model.manifest.rewrites] == [
+        "mlp_to_convolutions", "sink_transposes", "compose_stem", "merge_branches"]
+    assert main(["inspect", str(out)]) == 0
+    assert "compose_stem" in capsys.readouterr().out
+
+
+def test_unknown_rewrite(capsys, checkpoint: Path, tmp_path: Path):
+    refuse(capsys, "rewrite rule 'fold': unknown", "export", checkpoint, "--no-tokenizer", "--out", tmp_path / "b",
+           "--without-rewrite", "fold")

@@ -1,0 +1,98 @@
+"""Whether a rewrite that is exact anywhere is also faster here: measured once, and remembered.
+
+How fast a form of a convolution is depends on the library, its version and the processor, so no constant decides. Both
+graphs run by turns, and the medians of their latencies are kept in the user's cache folder under a key of all that they
+depend on: operators and shapes of both graphs (not their weights), library and version, processor, threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ...runtime.backends import Backend, Options, open_graph
+from ...runtime.errors import DcformerWarning
+from ...runtime.files import atomic_file, cache_folder
+from ...runtime.machine import processor
+from ...runtime.manifest import Timing
+
+#: Measured inferences of each graph, after one that warms up.
+RUNS = 5
+
+
+class Stopwatch:
+    """Measures rewrites on one back end.
+
+    Args:
+        options: back end and threads.
+        cache: file of known timings; None = in the user's cache folder.
+    """
+
+    def __init__(self, options: Options, cache: Path | None = None) -> None:
+        self._options = options
+        self._cache = cache or cache_folder() / "timings.json"
+
+    def compare(self, before: onnx.ModelProto, after: onnx.ModelProto) -> Timing:
+        """Time two graphs with the same inputs; remembered if they were timed here before."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / name for name in ("before.onnx", "after.onnx")]
+            for path, proto in zip(paths, (before, after), strict=True):
+                onnx.save(proto, path)
+            backends = [open_graph(path, self._options) for path in paths]
+            where = f"{backends[0].describe()}, {processor()}"
+            key = f"{where}, {_structure(before)}, {_structure(after)}"
+            known = self._read()
+            if key not in known:
+                known[key] = _measure(backends, before)
+                self._write(known)
+        before_ms, after_ms = known[key]
+        return Timing(before_ms, after_ms, where)
+
+    def _read(self) -> dict[str, list[float]]:
+        if not self._cache.exists():
+            return {}
+        try:
+            known = json.loads(self._cache.read_text(encoding="utf-8"))
+            return {str(key): [float(before), float(after)] for key, (before, after) in known.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            warnings.warn(f"{self._cache}: damaged ({error}); measured anew", DcformerWarning, stacklevel=3)
+            return {}
+
+    def _write(self, known: dict[str, list[float]]) -> None:
+        self._cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self._cache) as path:
+            path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+
+
+def _measure(backends: list[Backend], proto: onnx.ModelProto) -> list[float]:
+    feeds = {value.name: _zeros(value) for value in proto.graph.input}
+    outputs = [proto.graph.output[0].name]
+    latencies: list[list[float]] = [[], []]
+    for turn in range(RUNS + 1):
+        for index in (0, 1) if turn % 2 else (1, 0):
+            start = time.perf_counter()
+            backends[index].run(feeds, outputs)
+            if turn:
+                latencies[index].append((time.perf_counter() - start) * 1e3)
+    return [float(np.median(times)) for times in latencies]
+
+
+def _zeros(value: onnx.ValueInfoProto) -> NDArray[np.float32]:
+    return np.zeros([axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim], np.float32)
+
+
+def _structure(proto: onnx.ModelProto) -> str:
+    """A digest of a graph without its weights' values."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    inputs = [[axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in proto.graph.input]
+    nodes = [(node.op_type, [shapes.get(name) for name in node.input],
+              sorted((a.name, list(a.ints), a.i) for a in node.attribute)) for node in proto.graph.node]
+    return hashlib.sha256(json.dumps([inputs, nodes]).encode()).hexdigest()[:16]
