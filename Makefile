@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := benchmarks/phantom/model
 SEED ?= 3
+CLINICAL := demo/clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
 
 .PHONY: demo bench train evaluate test lint clean
 
@@ -20,14 +21,18 @@ demo: $(READY)
 	$(BIN)/dcformer export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/bundle --force
 	$(BIN)/python -m dcformer_deploy.benchmarks.phantom.demo demo/bundle demo/phantom --picture demo/phantom.png
 
-# Latency, memory and export error at the published size, 512x512x256, where weights do not matter.
+# Latency and memory at the published size, 512x512x256, where weights do not matter; loading and file to scores on a
+# phantom of clinical resolution.
 bench: $(READY)
-	$(BIN)/dcformer export --encoder dcformer-nano --random-weights 0 --out demo/untrained --force
-	$(BIN)/dcformer bench demo/untrained --runs 3
+	$(BIN)/dcformer export --encoder dcformer-nano --random-weights 0 --out demo/untrained --force --show-rewrites
+	$(BIN)/dcformer bench demo/untrained --against torch,onnx-naive,openvino-naive,openvino,openvino-bf16
+	$(BIN)/dcformer phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/clinical --force
+	$(BIN)/dcformer bench demo/untrained --scan $(CLINICAL) --load-only
+	$(BIN)/dcformer bench demo/untrained --scan $(CLINICAL)
 
-# How the demo model was trained: about an hour and a half on 2 cores (benchmarks/phantom/model/README.md).
+# How the demo model was trained: painting 20 minutes, training about an hour on 2 cores (benchmarks/phantom/model).
 train: $(READY)
-	$(BIN)/python -m dcformer_deploy.benchmarks.phantom.train --out demo/training --patients 240 --steps 2000 --seed 20261123
+	$(BIN)/python -m dcformer_deploy.benchmarks.phantom.train --out demo/training --patients 300 --steps 3000 --seed 20261123
 
 # The demo model on phantoms that it was not trained on, as a bundle and in PyTorch.
 evaluate: $(READY)

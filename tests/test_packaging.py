@@ -35,12 +35,12 @@ def test_every_package_is_listed():
 def test_only_export_and_dev_bring_torch():
     parser = setup_cfg()
     extras = dict(parser["options.extras_require"])
-    assert set(extras) == {"bench", "cpu", "cuda", "evaluate", "export", "phantom", "tensorrt", "dev"}
-    for name in ("bench", "cpu", "cuda", "evaluate", "phantom", "tensorrt"):
+    assert set(extras) == {"bench", "cpu", "cuda", "evaluate", "export", "openvino", "phantom", "tensorrt", "dev"}
+    for name in ("bench", "cpu", "cuda", "evaluate", "openvino", "phantom", "tensorrt"):
         assert not any(word in extras[name].split() for word in ("torch", "transformers", "onnx"))
-    assert "torch" in extras["export"] and "dcformer-deploy[bench,cpu,evaluate,export,phantom]" in extras["dev"]
+    assert "torch" in extras["export"] and "dcformer-deploy[bench,cpu,evaluate,export,openvino,phantom]" in extras["dev"]
     base = {line.split()[0] for line in parser["options"]["install_requires"].strip().splitlines()}
-    assert base == {"numpy", "nibabel", "tokenizers", "dacite", "click", "rich"}
+    assert base == {"numpy", "nibabel", "isal", "tokenizers", "dacite", "click", "rich"}
 
 
 @pytest.fixture(scope="module")
