@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..export.make_bundle import ExportOptions, export_checkpoint, export_random_weights
-from ..export.rules.pipeline import RULE_NAMES
 from ..runtime.bundle import open_bundle
 from ..runtime.errors import InputError, suggestion
 from ..runtime.manifest import MANIFEST_NAME, Manifest
@@ -93,6 +91,10 @@ def loading_entrants(field: Field) -> list[Entrant]:
 def _export_again(field: Field, manifest: Manifest, export: str, folder: Path,
                   on_stage: Callable[[str], None]) -> Path:
     """The bundle's weights, exported without rewrites or for another target."""
+    # Here, because a bundle alone is measured where PyTorch is not installed, too.
+    from ..export.make_bundle import ExportOptions, export_checkpoint, export_random_weights
+    from ..export.rules.pipeline import RULE_NAMES
+
     out = folder / export
     if (out / MANIFEST_NAME).exists():
         return out
