@@ -18,7 +18,7 @@ import numpy as np
 from ..export.complexity import count
 from ..export.make_bundle import ExportOptions, export_random_weights
 from ..export.registry import EncoderSpec, all_encoders, get_encoder
-from ..runtime.errors import DcformerError, InputError
+from ..runtime.errors import CheckFailed, DcformerError, InputError
 from ..runtime.machine import machine
 from ..runtime.manifest import MANIFEST_NAME
 from .contenders import Entrant, Job, bundle
@@ -95,15 +95,23 @@ def fitting_size(spec: EncoderSpec, size: int) -> int:
     return fitting
 
 
-def export_all(encoders: Sequence[EncoderSpec], size: int, folder: Path, on_stage: Callable[[str], None]) -> list[Path]:
-    """A bundle with random weights for each encoder in ``folder``; one that is there already is taken as it is."""
-    bundles = []
+def export_all(encoders: Sequence[EncoderSpec], size: int, folder: Path,
+               on_stage: Callable[[str], None]) -> list[Path | CheckFailed]:
+    """A bundle with random weights for each encoder in ``folder``; one that is there already is taken as it is.
+
+    In place of a bundle whose graph differs from PyTorch there is the error.
+    """
+    bundles: list[Path | CheckFailed] = []
     for spec in encoders:
         fitting = fitting_size(spec, size)
         out = folder / f"{spec.name}-{fitting}"
         if not (out / MANIFEST_NAME).exists():
             on_stage(f"{spec.name}: exporting")
-            export_random_weights(spec.name, _SEED, out, ExportOptions(tokenizer=None, input_size=fitting))
+            try:
+                export_random_weights(spec.name, _SEED, out, ExportOptions(tokenizer=None, input_size=fitting))
+            except CheckFailed as error:
+                bundles.append(error)
+                continue
         bundles.append(out)
     return bundles
 
@@ -111,14 +119,15 @@ def export_all(encoders: Sequence[EncoderSpec], size: int, folder: Path, on_stag
 class _Turns:
     """What the rounds of one encoder gave."""
 
-    def __init__(self, spec: EncoderSpec, size: int, folder: Path, threads: int) -> None:
+    def __init__(self, spec: EncoderSpec, size: int, made: Path | CheckFailed, threads: int) -> None:
         self.spec, self.size = spec, fitting_size(spec, size)
         self.shape = self.size // 2, self.size, self.size
-        self.entrant = Entrant(spec.name, bundle.KIND, Job(str(folder), None, threads))
+        self.entrant = Entrant(spec.name, bundle.KIND, Job(str(made), None, threads))
         self.rounds: list[list[float]] = []
         self.cold_starts: list[float] = []
         self.peaks: list[float] = []
-        self.backend = self.problem = ""
+        self.backend = ""
+        self.problem = str(made) if isinstance(made, CheckFailed) else ""
 
     def measure(self, runs: int) -> None:
         """One round: a process, a warm-up, ``runs`` measured inferences."""
@@ -152,8 +161,8 @@ class _Turns:
         )
 
 
-def survey(encoders: Sequence[EncoderSpec], size: int, bundles: Sequence[Path], threads: int, rounds: int, runs: int,
-           on_stage: Callable[[str], None] = lambda _: None) -> Survey:
+def survey(encoders: Sequence[EncoderSpec], size: int, bundles: Sequence[Path | CheckFailed], threads: int,
+           rounds: int, runs: int, on_stage: Callable[[str], None] = lambda _: None) -> Survey:
     """Measure the encoders' bundles by rounds. An encoder that fails (most often for want of memory) gets a row too.
 
     Args:

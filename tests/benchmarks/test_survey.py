@@ -22,7 +22,7 @@ from dcformer_deploy.export.complexity import count
 from dcformer_deploy.export.registry import all_encoders, get_encoder
 from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.cli.app import main
-from dcformer_deploy.runtime.errors import DcformerError
+from dcformer_deploy.runtime.errors import CheckFailed, DcformerError
 
 
 def row(name: str, latency: float | None, f1: float | None, problem: str | None = None) -> EncoderMeasurement:
@@ -116,3 +116,15 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_export_that_differs_from_pytorch_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def fail(*_: object) -> None:
+        raise CheckFailed("image.fp32.onnx: differs from PyTorch")
+
+    monkeypatch.setattr(module, "export_random_weights", fail)
+    specs = [get_encoder("dcformer-nano")]
+    made = module.export_all(specs, 128, tmp_path, lambda _: None)
+    (row,) = module.survey(specs, 128, made, 1, 1, 2).encoders
+    assert row.problem == "image.fp32.onnx: differs from PyTorch"
+    assert row.median_ms is None
