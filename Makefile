@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := benchmarks/phantom/model
-SEED ?= 3
+SEED ?= 8
 CLINICAL := demo/clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
 
 .PHONY: demo bench train evaluate test lint clean
