@@ -13,11 +13,12 @@ from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 
 from ...runtime.errors import InputError, suggestion
 from ...runtime.manifest import Rewrite
-from . import compose_stem, convolve_in_planes, fold_layer_scale, merge_branches, mlp_to_convolutions, sink_transposes
+from . import compose_stem, flatten_convolutions, fold_layer_scale, merge_branches, mlp_to_convolutions, sink_transposes
 from .base import Rule
 from .cost import cost_of
 from .line_input import LineInput
 from .measured import Stopwatch
+from .stream_planes import StreamPlanes
 
 #: A rule set that still finds something after so many passes goes in circles.
 _MOST_PASSES = 200
@@ -72,10 +73,11 @@ RULES: tuple[Callable[[], Step], ...] = (
     lambda: PatternStep("compose_stem", compose_stem.RULES),
     lambda: PatternStep("merge_branches", merge_branches.RULES),
     LineInput,
-    lambda: PatternStep("convolve_in_planes", convolve_in_planes.RULES),
+    StreamPlanes,
+    lambda: PatternStep("flatten_convolutions", flatten_convolutions.RULES),
 )
 #: Rules that are exact everywhere and faster on some targets only.
-MEASURED = ("convolve_in_planes",)
+MEASURED = ("stream_planes", "flatten_convolutions")
 #: Key of a node's metadata.
 RULE_TAG = "dcformer_deploy.rewrite"
 RULE_NAMES = tuple(make().title for make in RULES)

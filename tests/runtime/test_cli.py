@@ -390,7 +390,7 @@ def test_rewrites_are_shown_and_can_be_left_out(capsys, checkpoint: Path, tmp_pa
                  "any", "--without-rewrite", "fold_layer_scale", "--show-rewrites"]) == 0
     shown = capsys.readouterr().out
     assert "compose_stem" in shown and "Rewrites of the image tower" in shown
-    assert not {"line_input", "convolve_in_planes", "fold_layer_scale"} & set(shown.split())
+    assert not {"line_input", "stream_planes", "fold_layer_scale"} & set(shown.split())
     model = load(out)
     assert [info.name for info in model.manifest.graphs[0].inputs] == ["volume"]
     assert [rewrite.rule for rewrite in model.manifest.rewrites] == [

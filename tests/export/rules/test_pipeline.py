@@ -69,7 +69,7 @@ def test_new_nodes_say_which_rule_made_them(traced: onnx.ModelProto):
     proto, _ = optimize(traced)
     made = {entry.value for node in proto.graph.node for entry in node.metadata_props if entry.key == RULE_TAG}
     assert made <= set(RULE_NAMES)
-    assert {"convolve_in_planes", "line_input", "merge_branches", "sink_transposes"} <= made
+    assert {"stream_planes", "flatten_convolutions", "sink_transposes"} <= made
 
 
 def test_nothing_is_left_over(traced: onnx.ModelProto):
