@@ -24,11 +24,15 @@ demo: $(READY)
 # Latency and memory at the published size, 512x512x256, where weights do not matter; loading and file to scores on a
 # phantom of clinical resolution.
 bench: $(READY)
-	$(BIN)/dcformer export --encoder dcformer-nano --random-weights 0 --out demo/untrained --force --show-rewrites
-	$(BIN)/dcformer bench demo/untrained --against torch,onnx-naive,openvino-naive,openvino,openvino-bf16
+	for encoder in nano tiny; do \
+	  $(BIN)/dcformer export --encoder dcformer-$$encoder --random-weights 0 --out demo/untrained-$$encoder --force \
+	    --target onnxruntime --target openvino --show-rewrites || exit; done
+	$(BIN)/dcformer bench demo/untrained-nano --against torch,onnx-naive,openvino-naive,openvino,openvino-bf16
+	$(BIN)/dcformer bench demo/untrained-tiny --against torch,onnx-naive,openvino-naive,openvino,openvino-bf16 --runs 5
 	$(BIN)/dcformer phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/clinical --force
-	$(BIN)/dcformer bench demo/untrained --scan $(CLINICAL) --load-only
-	$(BIN)/dcformer bench demo/untrained --scan $(CLINICAL)
+	$(BIN)/dcformer bench demo/untrained-nano --scan $(CLINICAL) --load-only
+	$(BIN)/dcformer bench demo/untrained-nano --scan $(CLINICAL) --against torch,openvino
+	$(BIN)/dcformer bench demo/untrained-tiny --scan $(CLINICAL) --against torch,openvino --runs 5
 
 # How the demo model was trained: painting 20 minutes, training about an hour on 2 cores (benchmarks/phantom/model).
 train: $(READY)

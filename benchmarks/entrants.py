@@ -76,7 +76,8 @@ def choose_entrants(names: Sequence[str], field: Field, folder: Path,
     for name in (*names, *[OWN] * (OWN not in names)):
         kind = _KINDS[name]
         made = field.bundle
-        if kind.export is not None:
+        has_own = any(graph.target == kind.export for graph in manifest.graphs)
+        if kind.export is not None and not has_own:
             made = _export_again(field, manifest, kind.export, folder, on_stage)
         entrants.append(Entrant(name, kind.kind, replace(job, bundle=str(made), backend=kind.backend, bf16=kind.bf16)))
     return entrants
@@ -101,7 +102,7 @@ def _export_again(field: Field, manifest: Manifest, export: str, folder: Path,
     on_stage(f"exporting again: {export}")
     options = ExportOptions(None, input_size=manifest.input_size, reduction=manifest.reduction)
     naive = export == _NAIVE
-    options = replace(options, without_rewrites=RULE_NAMES) if naive else replace(options, target=export)
+    options = replace(options, without_rewrites=RULE_NAMES) if naive else replace(options, targets=(export,))
     if (seed := manifest.source.random_seed) is not None:
         export_random_weights(manifest.encoder, seed, out, options)
     elif field.checkpoint is not None:

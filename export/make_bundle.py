@@ -21,6 +21,7 @@ from ..runtime.bundle import record_file, write_manifest
 from ..runtime.errors import InputError
 from ..runtime.files import atomic_folder, require_replaceable
 from ..runtime.manifest import (
+    ANY_TARGET,
     CT_RATE_CLASSES,
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -29,7 +30,6 @@ from ..runtime.manifest import (
     Manifest,
     Preprocessing,
     Reduction,
-    Rewrite,
     Source,
     Text,
     ZeroShotTask,
@@ -40,14 +40,12 @@ from .checkpoints import Checkpoint, read_checkpoint
 from .clip import Clip, Detector
 from .random_weights import random_checkpoint, write_tokenizer
 from .registry import EMBEDDING_DIM
-from .rules.measured import Stopwatch
-from .rules.pipeline import MEASURED, require_rules, rewrite_file
+from .rules.pipeline import require_rules
 from .tokenizer import convert_tokenizer
-from .trace import describe_graph, trace_image_tower, trace_text_tower
+from .trace import trace_image_tower, trace_text_tower
 from .verify import check_image_tower, check_text_tower, require_agreement
+from .write_graphs import TEXT_FILE, write_image_graphs, write_text_graph
 
-IMAGE_FILE = "image.fp32.onnx"
-TEXT_FILE = "text.fp32.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 PROMPTS_FILE = "prompt_embeddings.fp32.npy"
 POSITIVE_PROMPT = "{} is present."
@@ -56,7 +54,6 @@ NEGATIVE_PROMPT = "{} is not present."
 SIMILARITY_SCALE = math.e
 _TOOLS = ("dcformer-deploy", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
 _RANDOM_SEED = 0
-ANY_TARGET = "any"
 TARGETS = (*BACKENDS, ANY_TARGET)
 
 
@@ -71,8 +68,8 @@ class ExportOptions:
     ``check_scan``: a NIfTI file for the comparison with PyTorch; None = the CT that this package carries.
     ``license``: of the weights, for the manifest.
     ``without_rewrites``: names of rewrite rules (``rules.pipeline.RULE_NAMES``) not to apply to the image tower.
-    ``target``: back end on which the image tower is to be fast on this machine's CPU; rules that only pay on some are
-    measured on it. "any" leaves those rules out.
+    ``targets``: back ends on which the image tower is to be fast on this machine's CPU; rules that only pay on some are
+    measured on each, and where they do, a graph is added. "any" adds none.
     """
 
     tokenizer: Path | None
@@ -84,7 +81,7 @@ class ExportOptions:
     overwrite: bool = False
     own_tokenizer: bool = True
     without_rewrites: Collection[str] = ()
-    target: str = "onnxruntime"
+    targets: Sequence[str] = ("onnxruntime",)
 
 
 def example_ct() -> Path:
@@ -130,8 +127,9 @@ def _require_possible(out: Path, options: ExportOptions) -> None:
     """What can be known before minutes of work."""
     require_replaceable(out, MANIFEST_NAME if options.overwrite else None)
     require_rules(options.without_rewrites)
-    if options.target not in TARGETS:
-        raise InputError(f"target: {options.target!r}; expected one of {', '.join(TARGETS)}")
+    for target in options.targets:
+        if target not in TARGETS:
+            raise InputError(f"target: {target!r}; expected one of {', '.join(TARGETS)}")
     import_onnxruntime()
 
 
@@ -148,16 +146,17 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
         model = checkpoint.build()
         clip = model.trained_model if isinstance(model, Detector) else model
         on_stage("tracing the image tower")
-        trace_image_tower(model, spec, folder / IMAGE_FILE)
+        traced = trace_image_tower(model, spec)
         on_stage("rewriting the image tower")
-        rewrites = _rewrite(folder / IMAGE_FILE, options)
-        graphs = [describe_graph("image", folder / IMAGE_FILE)]
+        targets = dict.fromkeys(target for target in options.targets if target != ANY_TARGET)
+        graphs, rewrites = write_image_graphs(traced, folder, options.without_rewrites, list(targets))
         on_stage("tracing the text tower")
-        graphs.append(trace_text_tower(clip, spec, folder / TEXT_FILE))
+        graphs.append(write_text_graph(trace_text_tower(clip, spec), folder))
         on_stage("comparing with PyTorch")
         zero_shot = _zero_shot_task(classes, checkpoint.scoring) if tokenizer else None
         prompts = _prompt_ids(folder, tokenizer, zero_shot) if tokenizer and zero_shot else None
-        agreement = _compare(model, clip, folder, real, preprocessing.value_range, prompts)
+        files = [folder / graph.file for graph in graphs if graph.role == "image"]
+        agreement = _compare(model, clip, files, folder / TEXT_FILE, real, preprocessing.value_range, prompts)
         require_agreement(agreement)
         if prompts is not None:
             on_stage("embedding the prompts")
@@ -185,12 +184,6 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
         )
         write_manifest(folder, manifest)
     return manifest
-
-
-def _rewrite(path: Path, options: ExportOptions) -> list[Rewrite]:
-    if options.target == ANY_TARGET:
-        return rewrite_file(path, (*options.without_rewrites, *MEASURED))
-    return rewrite_file(path, options.without_rewrites, Stopwatch(Options(backend=options.target)))
 
 
 def _source(checkpoint: Checkpoint, weights_license: str | None) -> Source:
@@ -223,8 +216,8 @@ def _prompt_ids(
 
 
 def _compare(
-    model: Clip | Detector, clip: Clip, folder: Path, real: NDArray[np.float32], value_range: tuple[float, float],
-    prompts: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    model: Clip | Detector, clip: Clip, image_graphs: Sequence[Path], text_graph: Path, real: NDArray[np.float32],
+    value_range: tuple[float, float], prompts: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
 ) -> list[Agreement]:
     """Image tower on the real and on a random volume; text tower on the prompts and on random ids with padding."""
     rng = np.random.default_rng(_RANDOM_SEED)
@@ -235,7 +228,7 @@ def _compare(
     texts = {"random": (rng.integers(0, config.vocab_size, mask.shape) * mask, mask)}
     if prompts is not None:
         texts["prompts"] = prompts
-    return [*check_image_tower(model, folder / IMAGE_FILE, volumes), *check_text_tower(clip, folder / TEXT_FILE, texts)]
+    return [*check_image_tower(model, image_graphs, volumes), *check_text_tower(clip, text_graph, texts)]
 
 
 def _write_prompt_embeddings(

@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ..runtime.manifest import Graph, TensorInfo
+from ..runtime.manifest import ANY_TARGET, Graph, TensorInfo
 from .clip import Clip, ClipSpec, Detector
 
 #: Newest opset that TensorRT 10, OpenVINO and ONNX Runtime all read, and the first with Gelu as one operator.
@@ -48,42 +48,38 @@ class _TextTower(nn.Module):
         return self.clip.encode_text(input_ids, attention_mask)
 
 
-def trace_image_tower(model: Clip | Detector, spec: ClipSpec, path: Path) -> Graph:
-    """Write the image tower to ``path``; batch is dynamic, the volume's sides are those of the spec."""
+def trace_image_tower(model: Clip | Detector, spec: ClipSpec) -> onnx.ModelProto:
+    """The image tower; batch is dynamic, the volume's sides are those of the spec."""
     side = spec.input_size
     # Two volumes, because a traced axis of length 1 would be taken for a constant. Zeros cost no memory until written.
     example = (torch.zeros(2, 1, side // 2, side, side),)
     outputs = ["image_embedding", *["codes"] * (spec.codebook_size is not None), "feature_map",
                *["class_scores"] * isinstance(model, Detector)]
     batch = torch.export.Dim(BATCH_AXIS, min=1)
-    _trace(_ImageTower(model), example, path, ["volume"], outputs, {"volume": {0: batch}})
-    return describe_graph("image", path)
+    return _trace(_ImageTower(model), example, ["volume"], outputs, {"volume": {0: batch}})
 
 
-def trace_text_tower(clip: Clip, spec: ClipSpec, path: Path) -> Graph:
-    """Write the text tower to ``path``; batch and length are dynamic."""
+def trace_text_tower(clip: Clip, spec: ClipSpec) -> onnx.ModelProto:
+    """The text tower; batch and length are dynamic."""
     # Two tensors, not one twice: the tracer takes the same object for the same input and drops one.
     example = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
     axes = {0: torch.export.Dim(BATCH_AXIS, min=1),
             1: torch.export.Dim(SEQUENCE_AXIS, min=1, max=spec.text.max_positions)}
     names = ["input_ids", "attention_mask"]
-    _trace(_TextTower(clip), example, path, names, ["text_embedding"], dict.fromkeys(names, axes))
-    return describe_graph("text", path)
+    return _trace(_TextTower(clip), example, names, ["text_embedding"], dict.fromkeys(names, axes))
 
 
-def _trace(module: nn.Module, example: tuple[Tensor, ...], path: Path, inputs: list[str], outputs: list[str],
-           dynamic_shapes: dict[str, dict[int, torch.export.Dim]]) -> None:
+def _trace(module: nn.Module, example: tuple[Tensor, ...], inputs: list[str], outputs: list[str],
+           dynamic_shapes: dict[str, dict[int, torch.export.Dim]]) -> onnx.ModelProto:
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(), example, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs,
             dynamic_shapes=dynamic_shapes, optimize=True, verbose=False,
         )
         assert program is not None
-        program.save(str(path), external_data=False)
-    proto = onnx.load(path)
+        proto = program.model_proto
     _drop_metadata(proto)
-    onnx.save(proto, path)
-    onnx.checker.check_model(path, full_check=True)
+    return proto
 
 
 def _drop_metadata(proto: onnx.ModelProto) -> None:
@@ -111,8 +107,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def describe_graph(role: str, path: Path, precision: str = "fp32") -> Graph:
-    """The manifest's description of an ONNX file: opset, inputs and outputs with their named axes."""
+def describe_graph(role: str, path: Path, precision: str = "fp32", target: str = ANY_TARGET,
+                   weights: str | None = None) -> Graph:
+    """The manifest's description of an ONNX file: opset, inputs and outputs with their named axes.
+
+    Args:
+        target, weights: as the manifest's Graph has them.
+    """
     proto = onnx.load(path, load_external_data=False)
 
     def info(value: onnx.ValueInfoProto) -> TensorInfo:
@@ -121,5 +122,5 @@ def describe_graph(role: str, path: Path, precision: str = "fp32") -> Graph:
         return TensorInfo(value.name, dtype, tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim))
 
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    return Graph(role=role, precision=precision, file=path.name, opset=opset,
-                 inputs=tuple(map(info, proto.graph.input)), outputs=tuple(map(info, proto.graph.output)))
+    return Graph(role, precision, path.name, opset, tuple(map(info, proto.graph.input)),
+                 tuple(map(info, proto.graph.output)), target, weights)

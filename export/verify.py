@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..runtime.backends import Options, open_graph
 from ..runtime.errors import CheckFailed
 from ..runtime.manifest import Agreement
 from ..runtime.volume import image_feeds
-from .clip import Clip, Detector
+from .clip import Clip, Detector, ImageOutputs
 from .trace import describe_graph
 
 #: fp32 graphs differ from PyTorch by summation order only. `make demo` shows 1e-6, so this is a wide margin.
@@ -45,9 +45,9 @@ def compare(reference: NDArray[np.floating], found: NDArray[np.floating]) -> tup
 
 
 def check_image_tower(
-    model: Clip | Detector, path: Path, volumes: Mapping[str, NDArray[np.float32]]
+    model: Clip | Detector, paths: Sequence[Path], volumes: Mapping[str, NDArray[np.float32]]
 ) -> list[Agreement]:
-    """Compare the graph with PyTorch on volumes ``[B, D, H, W]`` by name of input.
+    """Compare graphs with PyTorch on volumes ``[B, D, H, W]`` by name of input.
 
     The argmax of the quantizer is judged apart: feature maps must agree, codes must agree except where PyTorch itself
     sees a tie, and the embedding is compared with what PyTorch makes of the graph's own codes. Without a quantizer,
@@ -57,30 +57,38 @@ def check_image_tower(
         CheckFailed: a code differs without a tie.
     """
     clip = model.trained_model if isinstance(model, Detector) else model
-    backend = open_graph(path, Options())
-    inputs = describe_graph("image", path).inputs
-    quantizes = clip.visual_transformer.vq is not None
-    names = ["feature_map", "image_embedding", *["codes"] * quantizes, *["class_scores"] * isinstance(model, Detector)]
     result = []
     for label, volume in volumes.items():
-        found = dict(zip(names, backend.run(image_feeds(inputs, volume), names), strict=True))
         with torch.no_grad():
             expected = clip.encode_image(torch.from_numpy(volume[:, None]))
-            tolerance, near_tie = _tolerances(clip, volume, expected.feature_map, found["feature_map"])
-            embedding, codes_equal = expected.embedding, None
-            if expected.codes is not None:
-                codes = torch.from_numpy(found["codes"])
-                codes_equal = _compare_codes(clip, expected.feature_map, expected.codes, codes, near_tie,
-                                             f"{path.name}, {label}")
-                height, width, depth = expected.feature_map.shape[2:]
-                embedding = clip.embed_codes(codes, (depth, height, width))
-            reference = {"feature_map": expected.feature_map, "image_embedding": embedding}
-            if isinstance(model, Detector):
-                reference["class_scores"] = model.class_scores(embedding)
-        for output, tensor in reference.items():
-            error, cosine = compare(tensor.numpy(), found[output])
-            share = None if output == "feature_map" else codes_equal
-            result.append(Agreement(path.name, output, label, error, cosine, tolerance, share))
+            for path in paths:
+                result += _check_volume(model, path, label, volume, expected)
+    return sorted(result, key=lambda agreement: [path.name for path in paths].index(agreement.graph))
+
+
+def _check_volume(model: Clip | Detector, path: Path, label: str, volume: NDArray[np.float32],
+                  expected: ImageOutputs) -> list[Agreement]:
+    clip = model.trained_model if isinstance(model, Detector) else model
+    names = ["feature_map", "image_embedding", *["codes"] * (clip.visual_transformer.vq is not None),
+             *["class_scores"] * isinstance(model, Detector)]
+    feeds = image_feeds(describe_graph("image", path).inputs, volume)
+    found = dict(zip(names, open_graph(path, Options()).run(feeds, names), strict=True))
+    tolerance, near_tie = _tolerances(clip, volume, expected.feature_map, found["feature_map"])
+    embedding, codes_equal = expected.embedding, None
+    if expected.codes is not None:
+        codes = torch.from_numpy(found["codes"])
+        codes_equal = _compare_codes(clip, expected.feature_map, expected.codes, codes, near_tie,
+                                     f"{path.name}, {label}")
+        height, width, depth = expected.feature_map.shape[2:]
+        embedding = clip.embed_codes(codes, (depth, height, width))
+    reference = {"feature_map": expected.feature_map, "image_embedding": embedding}
+    if isinstance(model, Detector):
+        reference["class_scores"] = model.class_scores(embedding)
+    result = []
+    for output, tensor in reference.items():
+        error, cosine = compare(tensor.numpy(), found[output])
+        share = None if output == "feature_map" else codes_equal
+        result.append(Agreement(path.name, output, label, error, cosine, tolerance, share))
     return result
 
 

@@ -15,7 +15,7 @@ import dacite
 
 from .errors import BundleError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 DIGEST_FIELD = "manifest_sha256"
 
@@ -23,6 +23,8 @@ ROLES = ("image", "text")
 #: Inputs of an image tower that reads only the lines its first layer looks at, and the axis along which each is whole.
 LINE_INPUTS = {"lines_d": 0, "lines_h": 1, "lines_w": 2}
 PRECISIONS = ("fp32",)
+#: A graph that is good anywhere; other targets are names of back ends.
+ANY_TARGET = "any"
 Reduction = Literal["channel", "depth", "none"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 #: Kinds of zero-shot score, and the number of prompts per class that each compares with.
@@ -104,7 +106,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX file of the bundle and what it computes."""
+    """One ONNX file of the bundle and what it computes.
+
+    ``target``: the back end that it is made for; graphs of one role and precision compute the same, and each runs
+    anywhere. ``weights``: the file with its large arrays; None where they are in ``file``.
+    """
 
     role: str
     precision: str
@@ -112,6 +118,8 @@ class Graph:
     opset: int
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    target: str = ANY_TARGET
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.role in ROLES, "graphs.role", self.role, f"one of {', '.join(ROLES)}")
@@ -146,7 +154,7 @@ class Rewrite:
     """What one exact rewrite rule did to the image tower when the bundle was made.
 
     ``matched``: places that it changed. ``refused``: places that its pattern fits and it left alone, with the reason.
-    ``measured``: for a rule that is kept only where it is faster, what was found.
+    ``measured``: for a rule that is kept only where it is faster, what was found. ``target``: of the graph.
     """
 
     rule: str
@@ -155,6 +163,7 @@ class Rewrite:
     before: GraphCost
     after: GraphCost
     measured: Timing | None = None
+    target: str = ANY_TARGET
 
 
 @dataclass(frozen=True)
@@ -299,7 +308,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         listed = {record.path for record in self.files}
-        named = [graph.file for graph in self.graphs]
+        named = [name for graph in self.graphs for name in (graph.file, graph.weights) if name is not None]
         named += [self.text.file] if self.text else []
         named += [self.zero_shot.prompt_embeddings] if self.zero_shot else []
         for name in named:
@@ -310,7 +319,9 @@ class Manifest:
         image = self.graph("image")
         if image is None:
             raise BundleError("graphs holds no image tower")
-        _require_image_inputs(image, self.preprocessing.shape_dhw)
+        for graph in self.graphs:
+            if graph.role == "image":
+                _require_image_inputs(graph, self.preprocessing.shape_dhw)
         if self.detector is not None:
             widths = [output.axes[-1] for output in image.outputs if output.name == "class_scores"]
             _require(widths == [len(self.detector.classes)], "detector.classes", len(self.detector.classes),
@@ -321,9 +332,11 @@ class Manifest:
         """What ``manifest.json`` calls ``manifest_sha256``: identifies the bundle in results."""
         return _digest(dataclasses.asdict(self))
 
-    def graph(self, role: str, precision: str = "fp32") -> Graph | None:
-        """The graph of that role and precision, or None."""
-        return next((g for g in self.graphs if (g.role, g.precision) == (role, precision)), None)
+    def graph(self, role: str, precision: str = "fp32", target: str = ANY_TARGET) -> Graph | None:
+        """The graph of that role and precision for a target, else the one for any; None if there is none."""
+        fitting = [g for g in self.graphs if (g.role, g.precision) == (role, precision) and
+                   g.target in (target, ANY_TARGET)]
+        return min(fitting, key=lambda g: g.target == ANY_TARGET, default=None)
 
     def to_json(self) -> str:
         """The text of ``manifest.json``, its own digest included."""

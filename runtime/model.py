@@ -280,7 +280,7 @@ class Model:
         return self._graph("image").run(feeds, ["image_embedding"])[0][0]
 
     def _info(self, role: str) -> Graph:
-        graph = self.manifest.graph(role)
+        graph = self.manifest.graph(role, target=self._options.backend)
         if graph is None:
             raise BundleError(f"{self._bundle.folder}: this bundle has no {role} tower; it was exported without one")
         return graph
@@ -288,7 +288,10 @@ class Model:
     def _graph(self, role: str) -> Backend:
         with self._lock:
             if role not in self._graphs:
-                self._graphs[role] = open_graph(self._bundle.path(self._info(role).file), self._options)
+                graph = self._info(role)
+                if graph.weights is not None:
+                    self._bundle.path(graph.weights)  # raises if it is no longer the file that was checked
+                self._graphs[role] = open_graph(self._bundle.path(graph.file), self._options)
             return self._graphs[role]
 
     @cached_property

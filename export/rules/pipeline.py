@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import onnx
@@ -133,14 +132,6 @@ def _stamp(model: ir.Model, there: Collection[ir.Node], title: str) -> None:
         if node not in there:
             node.metadata_props.clear()
             node.metadata_props[RULE_TAG] = title
-
-
-def rewrite_file(path: Path, without: Collection[str] = (), stopwatch: Stopwatch | None = None) -> list[Rewrite]:
-    """Replace an ONNX file by its rewritten form, checked; see ``optimize``."""
-    proto, reports = optimize(onnx.load(path), without, stopwatch)
-    onnx.save(proto, path)
-    onnx.checker.check_model(path, full_check=True)
-    return reports
 
 
 def require_rules(names: Collection[str]) -> None:

@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from ..errors import BundleError, DeviceUnavailable, InferenceError, MissingDependency, install
+from ..errors import BundleError, DcformerWarning, DeviceUnavailable, InferenceError, MissingDependency, install
+from ..files import cache_folder
 from .base import Options
 
 
 class OpenVinoBackend:
-    """One compiled model; each thread that runs it gets a request of its own. See ``Backend``."""
+    """A model compiled for a batch of one, which is faster than for any, and for any once that is asked for.
+
+    Each thread that runs it gets a request of its own. Compiled models are kept in the user's cache folder. See
+    ``Backend``.
+    """
 
     def __init__(self, path: Path, options: Options) -> None:
         if options.device != "cpu":
             raise DeviceUnavailable(f"device {options.device!r}: the openvino back end runs on the CPU; drop one "
                                     "of the two options")
-        library = _import_openvino()
+        self._library = _import_openvino()
         # Without the hint OpenVINO computes in bfloat16 wherever the CPU can, which nobody asked for.
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.thread_count,
-                    "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32"}
-        try:
-            core = library.Core()
-            if options.bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-                raise DeviceUnavailable("bf16: this CPU has no bfloat16 units, so it would be slower and less exact; "
-                                        "drop --bf16")
-            self._compiled = core.compile_model(str(path), "CPU", settings)
-        except RuntimeError as error:
-            raise BundleError(f"{path}: openvino {library.__version__} refuses it: {_brief(error)}") from error
-        self._requests = threading.local()
+        self._settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.thread_count,
+            "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32",
+        }
+        if (cache := _cache()) is not None:
+            self._settings["CACHE_DIR"] = str(cache)
         self._path = path
-        self._description = (f"openvino {library.__version__}, CPU{', bfloat16' if options.bf16 else ''}, "
+        self._compiled: dict[int | None, Any] = {}
+        self._requests = threading.local()
+        self._lock = threading.Lock()
+        self._core = self._library.Core()
+        if options.bf16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise DeviceUnavailable("bf16: this CPU has no bfloat16 units, so it would be slower and less exact; "
+                                    "drop --bf16")
+        with self._reading():
+            self._model = self._core.read_model(str(path))
+        batches = [shape for shape in (tensor.partial_shape for tensor in self._model.inputs)
+                   if shape[0].is_dynamic and all(not side.is_dynamic for side in list(shape)[1:])]
+        self._only_batch_is_dynamic = len(batches) == len(self._model.inputs)
+        self._compile(self._key(1))
+        self._description = (f"openvino {self._library.__version__}, CPU{', bfloat16' if options.bf16 else ''}, "
                              f"{options.thread_count} threads")
+
+    def _key(self, batch: int) -> int | None:
+        return 1 if self._only_batch_is_dynamic and batch == 1 else None
+
+    def _compile(self, key: int | None) -> Any:
+        with self._lock, self._reading():
+            if key not in self._compiled:
+                model = self._model
+                if key is not None:
+                    model = model.clone()
+                    model.reshape({tensor.any_name: [key, *_fixed_sides(tensor)] for tensor in model.inputs})
+                self._compiled[key] = self._core.compile_model(model, "CPU", self._settings)
+            return self._compiled[key]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise BundleError(f"{self._path}: openvino {self._library.__version__} refuses it: "
+                              f"{_brief(error)}") from error
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Compute the named outputs.
@@ -43,9 +80,11 @@ class OpenVinoBackend:
         Raises:
             InferenceError: the library failed, for example for want of memory.
         """
-        if not hasattr(self._requests, "mine"):
-            self._requests.mine = self._compiled.create_infer_request()
-        request = self._requests.mine
+        key = self._key(max(len(array) for array in feeds.values()))
+        requests: dict[int | None, Any] = self._requests.__dict__.setdefault("by_key", {})
+        if key not in requests:
+            requests[key] = self._compile(key).create_infer_request()
+        request = requests[key]
         try:
             request.infer(dict(feeds), share_inputs=True)
             # Copies: the request's own tensors are overwritten by its next inference.
@@ -56,6 +95,25 @@ class OpenVinoBackend:
     def describe(self) -> str:
         """Library, version, precision where it is not fp32, and threads."""
         return self._description
+
+
+def _fixed_sides(tensor: Any) -> list[int]:
+    """All but the batch."""
+    return [side.get_length() for side in list(tensor.partial_shape)[1:]]
+
+
+def _cache() -> Path | None:
+    """Where compiled models are kept; None, with a warning, where nothing can be written."""
+    folder = cache_folder() / "openvino"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        warnings.warn(f"{folder}: {error.strerror or error}; openvino compiles anew each time. XDG_CACHE_HOME names "
+                      "another folder", DcformerWarning, stacklevel=4)
+        return None
+    return folder
 
 
 def _import_openvino() -> Any:

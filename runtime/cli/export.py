@@ -9,7 +9,7 @@ import click
 
 from ..backends.base import BACKENDS
 from ..errors import InputError
-from ..manifest import REDUCTIONS, Reduction
+from ..manifest import ANY_TARGET, REDUCTIONS, Reduction
 from .inspect import print_agreement, print_rewrites
 from .options import json_option, read_classes
 from .output import print_json, progress
@@ -35,8 +35,10 @@ from .output import print_json, progress
 @click.option("--license", "weights_license", metavar="TEXT", help="Licence of the weights, for the manifest.")
 @click.option("--input", "reads", type=click.Choice(["lines", "volume"]), default="lines", show_default=True,
               help="What the image tower takes: all voxels, or only the lines of them that it reads, where it does.")
-@click.option("--target", type=click.Choice([*BACKENDS, "any"]), default=BACKENDS[0], show_default=True,
-              help="Back end to be fast on: rewrites that pay only on some are measured here; 'any' leaves them out.")
+@click.option("--target", "targets", type=click.Choice([*BACKENDS, ANY_TARGET]), multiple=True, default=BACKENDS[:1],
+              show_default=True,
+              help="Back end to be fast on, can be repeated: rewrites that pay only on some are measured here, and a "
+                   "graph with those that do is added to the one for any back end.")
 @click.option("--without-rewrite", "without", multiple=True, metavar="RULE",
               help="Leave out an exact rewrite of the image tower; can be repeated. --show-rewrites lists them.")
 @click.option("--show-rewrites", is_flag=True, help="Print what each rewrite changed, and what it left alone and why.")
@@ -45,7 +47,7 @@ from .output import print_json, progress
 def command(
     checkpoint: Path | None, out: Path, tokenizer: Path | None, encoder: str | None, seed: int | None,
     no_tokenizer: bool, classes: Path | None, input_size: int | None, reduction: Reduction | None,
-    check_scan: Path | None, weights_license: str | None, reads: str, target: str,
+    check_scan: Path | None, weights_license: str | None, reads: str, targets: tuple[str, ...],
     without: tuple[str, ...], show_rewrites: bool, force: bool, as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, or random weights, into a bundle.
@@ -73,7 +75,7 @@ def command(
 
     without = (*without, *[LINE_INPUT] * (reads == "volume"))
     options = ExportOptions(tokenizer, names, input_size, reduction, check_scan, weights_license, overwrite=force,
-                            own_tokenizer=not no_tokenizer, without_rewrites=without, target=target)
+                            own_tokenizer=not no_tokenizer, without_rewrites=without, targets=targets)
     with progress() as display:
         if checkpoint is not None:
             manifest = export_checkpoint(checkpoint, out, options, display.stage)

@@ -52,8 +52,8 @@ def print_rewrites(manifest: Manifest) -> None:
 
     print_table(
         "Rewrites of the image tower (batch 1)",
-        ("rule", "places", "nodes", "G multiply-adds", "GB moved", "note"),
-        ((r.rule, r.matched, change(r.before.nodes, r.after.nodes, 1, 0),
+        ("rule", "for", "places", "nodes", "G multiply-adds", "GB moved", "note"),
+        ((r.rule, r.target, r.matched, change(r.before.nodes, r.after.nodes, 1, 0),
           change(r.before.multiply_adds, r.after.multiply_adds, 1e9, 2),
           change(r.before.bytes_moved, r.after.bytes_moved, 1e9, 2), _note(r)) for r in manifest.rewrites),
     )

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from conftest import GOLDEN_TOLERANCE
-from dcformer_deploy.export import make_bundle
+from dcformer_deploy.export import make_bundle, write_graphs
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
 from dcformer_deploy.runtime import BundleError, CheckFailed, InputError, load
-from dcformer_deploy.runtime.manifest import Preprocessing
+from dcformer_deploy.runtime import model as model_module
+from dcformer_deploy.runtime.manifest import Preprocessing, Timing
 from golden import CASES, NANO, REPOSITORY, Case, inputs, relative_error
 
 
@@ -42,6 +43,33 @@ def test_graphs_are_valid_and_their_axes_are_named(pristine_bundle: Path):
         onnx.checker.check_model(pristine_bundle / name, full_check=True)
         graph = onnx.load(pristine_bundle / name).graph
         assert [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input] == axes
+
+
+def test_each_back_end_runs_the_graph_made_for_it(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of rules that are measured, ONNX Runtime keeps the first here, OpenVINO none."""
+    def compare(self, before, after):
+        pays = self._options.backend == "onnxruntime" and len(after.graph.node) > 2 * len(before.graph.node)
+        return Timing(2.0, 1.0 if pays else 3.0, "here")
+
+    monkeypatch.setattr(write_graphs.Stopwatch, "compare", compare)
+    options = ExportOptions(tokenizer=None, targets=("onnxruntime", "openvino", "any"))
+    manifest = export_checkpoint(checkpoint, tmp_path / "bundle", options)
+    assert [(g.file, g.target) for g in manifest.graphs] == [
+        ("image.fp32.onnx", "any"), ("image.fp32.onnxruntime.onnx", "onnxruntime"), ("text.fp32.onnx", "any")]
+    assert [(r.rule, r.target, r.matched > 0) for r in manifest.rewrites if r.measured] == [
+        ("stream_planes", "onnxruntime", True), ("flatten_convolutions", "onnxruntime", False),
+        ("stream_planes", "openvino", False), ("flatten_convolutions", "openvino", False)]
+    assert len({a.graph for a in manifest.agreement}) == 3
+    opened = []
+    monkeypatch.setattr(model_module, "open_graph", lambda path, options: opened.append(path.name) or FakeBackend())
+    for backend in ("onnxruntime", "openvino"):
+        load(tmp_path / "bundle", backend=backend).describe()
+    assert opened == ["image.fp32.onnxruntime.onnx", "image.fp32.onnx"]
+
+
+class FakeBackend:
+    def describe(self) -> str:
+        return "fake"
 
 
 def test_no_paths_of_this_machine_in_the_graphs(pristine_bundle: Path):
@@ -77,8 +105,8 @@ def test_nothing_is_written_when_the_graph_differs(checkpoint: Path, tokenizer_f
     """Change one weight between tracing and comparing: the comparison must see it."""
     trace = make_bundle.trace_text_tower
 
-    def trace_then_change(clip, spec, path):
-        graph = trace(clip, spec, path)
+    def trace_then_change(clip, spec):
+        graph = trace(clip, spec)
         with torch.no_grad():
             clip.to_text_latent.weight[0] *= 1.01
         return graph
@@ -92,8 +120,8 @@ def test_nothing_is_written_when_the_graph_differs(checkpoint: Path, tokenizer_f
 def test_codes_that_differ_without_a_tie_fail(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     trace = make_bundle.trace_image_tower
 
-    def trace_then_change(model, spec, path):
-        graph = trace(model, spec, path)
+    def trace_then_change(model, spec):
+        graph = trace(model, spec)
         codebook = model.visual_transformer.vq.codebook.embed
         codebook.copy_(codebook.roll(1, dims=1))
         return graph

@@ -10,7 +10,7 @@ import pytest
 
 from dcformer_deploy.runtime import BundleError, InputError, Manifest, load
 from dcformer_deploy.runtime.bundle import open_bundle, write_manifest
-from dcformer_deploy.runtime.manifest import DIGEST_FIELD, Preprocessing, _digest
+from dcformer_deploy.runtime.manifest import DIGEST_FIELD, SCHEMA_VERSION, Preprocessing, _digest
 
 
 def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
@@ -96,10 +96,11 @@ def test_binary_manifest(bundle_copy: Path):
     refuse(bundle_copy, "not UTF-8")
 
 
-@pytest.mark.parametrize(("version", "advice"), [(3, "upgrade dcformer-deploy"), (0, "export the checkpoint again")])
+@pytest.mark.parametrize(("version", "advice"), [
+    (SCHEMA_VERSION + 1, "upgrade dcformer-deploy"), (0, "export the checkpoint again")])
 def test_other_schema(bundle_copy: Path, version: int, advice: str):
     rewrite(bundle_copy, lambda m: m.update(schema_version=version))
-    refuse(bundle_copy, f"schema_version is {version}, this program reads 2; {advice}")
+    refuse(bundle_copy, f"schema_version is {version}, this program reads {SCHEMA_VERSION}; {advice}")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -145,7 +146,8 @@ def test_damaged_graph(bundle_copy: Path):
     assert load(bundle_copy, verify=False).manifest.encoder == "dcformer-nano"
 
 
-@pytest.mark.parametrize("name", ["image.fp32.onnx", "text.fp32.onnx", "tokenizer.json", "prompt_embeddings.fp32.npy"])
+@pytest.mark.parametrize("name", ["image.fp32.onnx", "image.fp32.weights", "text.fp32.onnx", "tokenizer.json",
+                                  "prompt_embeddings.fp32.npy"])
 def test_truncated_and_missing_files(bundle_copy: Path, name: str):
     path = bundle_copy / name
     path.write_bytes(path.read_bytes()[:-1])

@@ -10,7 +10,13 @@ import pytest
 from conftest import GOLDEN_TOLERANCE
 from dcformer_deploy.runtime import InputError, Model, load
 from dcformer_deploy.runtime.backends import Options, open_graph
-from dcformer_deploy.runtime.errors import BundleError, DeviceUnavailable, InferenceError, MissingDependency
+from dcformer_deploy.runtime.errors import (
+    BundleError,
+    DcformerWarning,
+    DeviceUnavailable,
+    InferenceError,
+    MissingDependency,
+)
 from golden import NANO, inputs, relative_error
 
 
@@ -49,6 +55,33 @@ def test_many_threads_give_the_same_answers(openvino_model: Model):
     with ThreadPoolExecutor(8) as pool:
         for index, found in enumerate(pool.map(lambda i: openvino_model.embed_image(image[i % 2, 0]), range(16))):
             np.testing.assert_array_equal(found, alone[index % 2])
+
+
+def test_batches_of_any_size(openvino_model: Model):
+    image, *_ = inputs()
+    alone = [openvino_model.embed_image(volume) for volume in image[:, 0]]
+    for order in ([0, 1], [1, 0, 1], [0]):
+        found = openvino_model.image_outputs(image[order, 0])["image_embedding"]
+        assert relative_error(found, np.stack([alone[i] for i in order])) < 1e-5
+
+
+def test_compiled_models_are_kept(pristine_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image, *_ = inputs()
+    first = load(pristine_bundle, backend="openvino").embed_image(image[0, 0])
+    blobs = set((tmp_path / "dcformer-deploy" / "openvino").iterdir())
+    assert len(blobs) == 1
+    again = load(pristine_bundle, backend="openvino").embed_image(image[0, 0])
+    assert set((tmp_path / "dcformer-deploy" / "openvino").iterdir()) == blobs
+    np.testing.assert_array_equal(first, again)
+
+
+def test_without_a_cache_folder(pristine_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    image, *_ = inputs()
+    with pytest.warns(DcformerWarning, match="openvino compiles anew each time"):
+        load(pristine_bundle, backend="openvino").embed_image(image[0, 0])
 
 
 def test_bfloat16_only_when_asked_for(openvino_model: Model, pristine_bundle: Path):

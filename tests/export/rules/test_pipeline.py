@@ -17,11 +17,9 @@ from graphs import EXACT
 
 
 @pytest.fixture(scope="module")
-def traced(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
-    path = tmp_path_factory.mktemp("traced") / "image.onnx"
+def traced(checkpoint: Path) -> onnx.ModelProto:
     read = read_checkpoint(checkpoint)
-    trace_image_tower(read.build(), read.spec, path)
-    return onnx.load(path)
+    return trace_image_tower(read.build(), read.spec)
 
 
 def _outputs(proto: onnx.ModelProto, volumes: np.ndarray) -> list[np.ndarray]:

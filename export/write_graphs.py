@@ -1,0 +1,50 @@
+"""The traced towers as a bundle's ONNX files: rewritten, made fast on back ends, with their weights beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import onnx
+
+from ..runtime.backends import Options
+from ..runtime.manifest import Graph, Rewrite
+from .rules.measured import Stopwatch
+from .rules.pipeline import MEASURED, RULE_NAMES, optimize
+from .trace import describe_graph
+from .weights import WeightsFile
+
+IMAGE_FILE = "image.fp32.onnx"
+IMAGE_WEIGHTS = "image.fp32.weights"
+TEXT_FILE = "text.fp32.onnx"
+TEXT_WEIGHTS = "text.fp32.weights"
+
+
+def write_image_graphs(traced: onnx.ModelProto, folder: Path, without: Collection[str],
+                       targets: Sequence[str]) -> tuple[list[Graph], list[Rewrite]]:
+    """The graph that is good anywhere, and one for each back end where rewrites that are measured pay.
+
+    Args:
+        without: names of rewrite rules not to apply.
+        targets: names of back ends.
+    """
+    weights = WeightsFile(folder / IMAGE_WEIGHTS)
+    proto, rewrites = optimize(traced, (*without, *MEASURED))
+    weights.save(proto, folder / IMAGE_FILE)
+    graphs = [describe_graph("image", folder / IMAGE_FILE, weights=IMAGE_WEIGHTS)]
+    others = [name for name in RULE_NAMES if name not in MEASURED]
+    for target in targets:
+        fast, reports = optimize(proto, (*without, *others), Stopwatch(Options(backend=target)))
+        rewrites += [dataclasses.replace(report, target=target) for report in reports]
+        if any(report.matched for report in reports):
+            path = folder / f"image.fp32.{target}.onnx"
+            weights.save(fast, path)
+            graphs.append(describe_graph("image", path, target=target, weights=IMAGE_WEIGHTS))
+    return graphs, rewrites
+
+
+def write_text_graph(traced: onnx.ModelProto, folder: Path) -> Graph:
+    """The text tower as it was traced."""
+    WeightsFile(folder / TEXT_WEIGHTS).save(traced, folder / TEXT_FILE)
+    return describe_graph("text", folder / TEXT_FILE, weights=TEXT_WEIGHTS)
