@@ -12,7 +12,15 @@ from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 
 from ...runtime.errors import InputError, suggestion
 from ...runtime.manifest import Rewrite
-from . import compose_stem, flatten_convolutions, fold_layer_scale, merge_branches, mlp_to_convolutions, sink_transposes
+from . import (
+    compose_stem,
+    flatten_convolutions,
+    fold_layer_scale,
+    fold_projection,
+    merge_branches,
+    mlp_to_convolutions,
+    sink_transposes,
+)
 from .base import Rule
 from .cost import cost_of
 from .line_input import LineInput
@@ -68,6 +76,7 @@ def _as_rule(instance: Rule) -> Any:
 RULES: tuple[Callable[[], Step], ...] = (
     lambda: PatternStep("mlp_to_convolutions", mlp_to_convolutions.RULES),
     lambda: PatternStep("fold_layer_scale", fold_layer_scale.RULES),
+    lambda: PatternStep("fold_projection", fold_projection.RULES),
     lambda: PatternStep("sink_transposes", sink_transposes.RULES),
     lambda: PatternStep("compose_stem", compose_stem.RULES),
     lambda: PatternStep("merge_branches", merge_branches.RULES),

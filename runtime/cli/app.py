@@ -33,6 +33,7 @@ COMMANDS = {
     "encoders": ("encoders", "List the encoders with parameters and GFLOPs beside the published ones."),
     "phantom": ("phantom", "Make synthetic chest CTs with known findings, in CT-RATE's layout."),
     "bench": ("bench", "Measure latency and memory: a bundle beside PyTorch, or all encoders."),
+    "profile": ("profile", "Show where the time goes: phases of scoring a scan, operators of the image tower."),
 }
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "transformers": "export",

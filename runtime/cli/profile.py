@@ -1,0 +1,49 @@
+"""``dcformer profile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..backends import Options
+from ..backends.base import BACKENDS, MOST_THREADS
+from ..files import require_file
+from .options import bundle_argument, json_option
+from .output import print_json, print_table
+
+
+@click.command("profile")
+@bundle_argument
+@click.option("--scan", type=click.Path(path_type=Path), metavar="SCAN",
+              help="Also score this file and show the phases: reading, preprocessing, image tower, scores.")
+@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Measured inferences.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
+@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
+              help="Inference library.")
+@click.option("--bf16", is_flag=True, help="Let openvino compute in bfloat16.")
+@click.option("--top", type=click.IntRange(min=1), default=12, show_default=True, help="Operators to show.")
+@json_option
+def command(bundle: Path, scan: Path | None, runs: int, threads: int | None, backend: str, bf16: bool, top: int,
+            as_json: bool) -> None:
+    """Show where the time of BUNDLE's image tower goes, operator by operator, on this CPU."""
+    from ...benchmarks.profile import profile
+
+    if scan is not None:
+        require_file(scan, "scan")
+    report = profile(bundle, Options(threads=threads, backend=backend, bf16=bf16), runs, scan)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    if report.phases_ms:
+        total = report.phases_ms["total"]
+        print_table(f"{scan}, file to scores; {report.machine}; {report.backend}", ("phase", "median ms", "share"),
+                    ((name, f"{ms:.1f}", f"{ms / total:.0%}") for name, ms in report.phases_ms.items()))
+    shown, rest = report.operators[:top], report.operators[top:]
+    rows = [(row.operator, f"{row.count:g}", f"{row.ms:.1f}", f"{row.ms / report.total_ms:.0%}") for row in shown]
+    if rest:
+        ms = sum(row.ms for row in rest)
+        rows.append((f"{len(rest)} other kinds", f"{sum(row.count for row in rest):g}", f"{ms:.1f}",
+                     f"{ms / report.total_ms:.0%}"))
+    print_table(f"Image tower, {report.total_ms:.0f} ms in operators; {report.machine}; {report.backend}",
+                ("operator", "times", "ms", "share"), rows)
