@@ -25,6 +25,11 @@ class WeightsFile:
         self._places: dict[bytes, tuple[int, int]] = {}
         path.write_bytes(b"")
 
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return self._path.name
+
     def save(self, proto: onnx.ModelProto, path: Path) -> None:
         """Write a graph, its large arrays into the weights file unless they are there already; checked afterwards."""
         shared = onnx.ModelProto()

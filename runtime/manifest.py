@@ -22,7 +22,7 @@ DIGEST_FIELD = "manifest_sha256"
 ROLES = ("image", "text")
 #: Inputs of an image tower that reads only the lines its first layer looks at, and the axis along which each is whole.
 LINE_INPUTS = {"lines_d": 0, "lines_h": 1, "lines_w": 2}
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "int8")
 #: A graph that is good anywhere; other targets are names of back ends.
 ANY_TARGET = "any"
 Reduction = Literal["channel", "depth", "none"]
@@ -167,6 +167,22 @@ class Rewrite:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """How the graphs of a lower precision were made.
+
+    ``method``: of INT8's thresholds. ``scans``, ``data``: number of calibration scans and digest of their contents.
+    ``layers``: of the image tower, in INT8. ``notes``: what stayed in a higher precision, and why.
+    """
+
+    precision: str
+    method: str | None
+    scans: int
+    data: str
+    layers: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Text:
     """The text tower's tokenizer: ``file`` is a Hugging Face ``tokenizer.json``; longer texts are truncated."""
 
@@ -305,6 +321,7 @@ class Manifest:
     agreement: tuple[Agreement, ...]
     files: tuple[FileRecord, ...]
     tools: dict[str, str]
+    conversions: tuple[Conversion, ...] = ()
 
     def __post_init__(self) -> None:
         listed = {record.path for record in self.files}

@@ -55,7 +55,7 @@ class Classification(Scores):
 
 
 def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True,
-         backend: str = "onnxruntime", bf16: bool = False) -> Model:
+         backend: str = "onnxruntime", bf16: bool = False, precision: str = "fp32") -> Model:
     """Open a bundle for inference.
 
     Args:
@@ -64,11 +64,12 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
         verify: compare the sha256 of every file with the manifest.
         backend: "onnxruntime" or "openvino".
         bf16: let openvino compute in bfloat16; results change.
+        precision: "fp32", or one that `dcformer calibrate` added: "fp16", "int8".
 
     Raises:
         InputError, BundleError: no bundle there, or a damaged, edited or newer one.
     """
-    return Model(open_bundle(bundle, verify), Options(device, threads, backend, bf16))
+    return Model(open_bundle(bundle, verify), Options(device, threads, backend, bf16, precision))
 
 
 class Model:
@@ -260,7 +261,7 @@ class Model:
     # ------------------------------------------------------------------ inside
 
     def _feeds(self, scan: Scan, read_options: dict[str, Any],
-               timings: dict[str, float]) -> dict[str, NDArray[np.float32]]:
+               timings: dict[str, float]) -> dict[str, NDArray[np.floating]]:
         """What the image tower reads of one scan, by input name."""
         inputs = self._info("image").inputs
         if isinstance(scan, np.ndarray):
@@ -276,11 +277,14 @@ class Model:
         with _timed(timings, "preprocess"):
             return scan_feeds(inputs, volume, spec, self._options.thread_count)
 
-    def _embed(self, feeds: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    def _embed(self, feeds: dict[str, NDArray[np.floating]]) -> NDArray[np.float32]:
         return self._graph("image").run(feeds, ["image_embedding"])[0][0]
 
     def _info(self, role: str) -> Graph:
-        graph = self.manifest.graph(role, target=self._options.backend)
+        precision = self._options.precision
+        graph = self.manifest.graph(role, precision, self._options.backend)
+        if graph is None and self.manifest.graph(role) is not None:
+            raise BundleError(f"{self._bundle.folder}: no {role} tower in {precision}; `dcformer calibrate` adds it")
         if graph is None:
             raise BundleError(f"{self._bundle.folder}: this bundle has no {role} tower; it was exported without one")
         return graph

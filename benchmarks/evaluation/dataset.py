@@ -69,6 +69,19 @@ def read_dataset(folder: Path, classes: Sequence[str], tables: Tables, split: st
     return cases
 
 
+def find_scans(folder: Path, split: str | None = None) -> list[tuple[Path, Path | None]]:
+    """All scans below a folder by name, labelled or not, each with the table of its metadata if there is one.
+
+    Raises:
+        InputError: no such folder, no scans, or a choice left open.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected one with .nii or .nii.gz volumes")
+    volumes = _find_volumes(folder, split)
+    metadata = _metadata_files(_choose(None, sorted(folder.rglob("*.csv")), METADATA_COLUMNS, "metadata"))
+    return [(path, metadata.get(name)) for name, path in sorted(volumes.items(), key=lambda item: _natural(item[0]))]
+
+
 def _find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
     """Path by the name that tables use, which is always that of the compressed file."""
     volumes: dict[str, Path] = {}

@@ -28,6 +28,8 @@ from .convolution import convolution_of
 from .plane_sums import PlaneSum, Tap, inputs_of, operator, plane_sum
 
 TITLE = "stream_planes"
+#: Plane 7 of a value x is called x@7, all planes put together again x@.
+PLANE = "@"
 
 
 class StreamPlanes:
@@ -111,7 +113,9 @@ class _Stream:
         """All planes of a value, ``[B, C, D, H, W]``."""
         planes = [self._op("Unsqueeze", self.plane(value, index), self._integers(2))
                   for index in range(_sides(value)[0])]
-        return self._op("Concat", *planes, axis=2)
+        stacked = self._op("Concat", *planes, axis=2)
+        stacked.name = f"{value.name}{PLANE}"
+        return stacked
 
     def plane(self, value: ir.Value, index: int) -> ir.Value:
         """One plane, ``[B, C, H, W]``."""
@@ -119,7 +123,10 @@ class _Stream:
             if value in self._whole:
                 self._split(value)
             else:
-                self._planes[value, index] = self._compute(value, index)
+                found = self._compute(value, index)
+                # So that what is known of a value, such as its range, is known of its planes.
+                found.name = f"{value.name}{PLANE}{index}"
+                self._planes[value, index] = found
         return self._planes[value, index]
 
     def _compute(self, value: ir.Value, index: int) -> ir.Value:

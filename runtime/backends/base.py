@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..manifest import PRECISIONS
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("onnxruntime", "openvino")
@@ -23,18 +24,22 @@ class Options:
 
     ``device``: "cpu" or "cuda". ``threads``: CPU threads of one inference; None = the cores this process may use.
     ``backend``: inference library. ``bf16``: compute in bfloat16 what the library can, which changes results.
+    ``precision``: which of a bundle's graphs to run.
     """
 
     device: str = "cpu"
     threads: int | None = None
     backend: str = "onnxruntime"
     bf16: bool = False
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise InputError(f"device: {self.device!r}; expected one of {', '.join(DEVICES)}")
         if self.backend not in BACKENDS:
             raise InputError(f"backend: {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision: {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
         if self.bf16 and self.backend != "openvino":
             raise InputError(f"bf16: the {self.backend} back end has none; use the openvino back end")
         if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):

@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Judge a bundle on a data set in CT-RATE's layout: AUROC, F1, retrieval."),
     "encoders": ("encoders", "List the encoders with parameters and GFLOPs beside the published ones."),
     "phantom": ("phantom", "Make synthetic chest CTs with known findings, in CT-RATE's layout."),
+    "calibrate": ("calibrate", "Add FP16 and INT8 graphs to a bundle, from scans like those that it will see."),
     "bench": ("bench", "Measure latency and memory: a bundle beside PyTorch, or all encoders."),
     "profile": ("profile", "Show where the time goes: phases of scoring a scan, operators of the image tower."),
 }

@@ -26,6 +26,7 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         return
     print_table(str(bundle), ("", "value"), _facts(manifest))
     print_rewrites(manifest)
+    print_conversions(manifest)
     print_table("Files", ("file", "bytes", "sha256"),
                 ((f.path, f"{f.bytes:,}", f.sha256[:16]) for f in manifest.files))
     print_agreement(manifest)
@@ -41,6 +42,14 @@ def print_agreement(manifest: Manifest) -> None:
           f"{max(0.0, 1 - a.cosine):.1e}", "-" if a.codes_equal is None else f"{a.codes_equal:.2%}")
          for a in manifest.agreement),
     )
+
+
+def print_conversions(manifest: Manifest) -> None:
+    """How graphs of lower precisions were made; nothing where there are none."""
+    if manifest.conversions:
+        print_table("Precisions", ("", "method", "scans", "INT8 layers", "notes"), (
+            (c.precision, c.method or "-", c.scans, c.layers or "-", "; ".join(c.notes) or "-")
+            for c in manifest.conversions))
 
 
 def print_rewrites(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import click
 from ..backends.base import BACKENDS, DEVICES, MOST_THREADS
 from ..errors import InputError
 from ..files import require_file
+from ..manifest import PRECISIONS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -45,6 +46,8 @@ def model_options(function: _F) -> _F:
         click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
                      help="Inference library."),
         click.option("--bf16", is_flag=True, help="Let openvino compute in bfloat16: faster, and results change."),
+        click.option("--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], show_default=True,
+                     help="Graphs to run; `dcformer calibrate` adds those other than fp32."),
         click.option("--no-verify", is_flag=True, help="Do not compare the bundle's files with their sha256."),
     )):
         function = option(function)

@@ -13,7 +13,7 @@ from .types import Volume
 
 
 def scan_feeds(inputs: Sequence[TensorInfo], volume: Volume, spec: Preprocessing,
-               threads: int) -> dict[str, NDArray[np.float32]]:
+               threads: int) -> dict[str, NDArray[np.floating]]:
     """What an image tower reads of one scan, without making a preprocessed volume where it reads only lines of it.
 
     Returns:
@@ -26,11 +26,12 @@ def scan_feeds(inputs: Sequence[TensorInfo], volume: Volume, spec: Preprocessing
     feeds = {}
     for info in inputs:
         depth, height, width = (side // int(kept) for side, kept in zip(spec.shape_dhw, info.axes[-3:], strict=True))
-        feeds[info.name] = sample(volume, spec, (depth, height, width), threads)[None, None]
+        values = sample(volume, spec, (depth, height, width), threads)[None, None]
+        feeds[info.name] = values.astype(info.dtype, copy=False)
     return feeds
 
 
-def image_feeds(inputs: Sequence[TensorInfo], volumes: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+def image_feeds(inputs: Sequence[TensorInfo], volumes: NDArray[np.float32]) -> dict[str, NDArray[np.floating]]:
     """What an image tower reads of preprocessed volumes.
 
     Args:
@@ -38,14 +39,14 @@ def image_feeds(inputs: Sequence[TensorInfo], volumes: NDArray[np.float32]) -> d
         volumes: ``[B, D, H, W]``.
 
     Returns:
-        By input name ``[B, 1, D, H, W]``, or for lines that with every s-th index on two of the three axes.
+        By input name, in its dtype: ``[B, 1, D, H, W]``, or for lines that with every s-th index on two of its axes.
     """
     feeds = {}
     for info in inputs:
         if info.name in LINE_INPUTS:
             taken = (slice(None, None, side // int(kept)) for side, kept in
                      zip(volumes.shape[1:], info.axes[-3:], strict=True))
-            feeds[info.name] = np.ascontiguousarray(volumes[:, None, *taken], np.float32)
+            feeds[info.name] = np.ascontiguousarray(volumes[:, None, *taken], info.dtype)
         else:
-            feeds[info.name] = np.ascontiguousarray(volumes[:, None], np.float32)
+            feeds[info.name] = np.ascontiguousarray(volumes[:, None], info.dtype)
     return feeds

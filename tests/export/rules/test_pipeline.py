@@ -41,7 +41,8 @@ def _assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
 def test_every_rule_finds_its_place_in_dcformer(model: Model):
     reports = {report.rule: report for report in model.manifest.rewrites}
     assert list(reports) == list(RULE_NAMES)
-    assert all(report.matched or report.measured for report in reports.values())
+    assert reports["fold_projection"].refused[0].endswith("512 numbers a token would be looked up instead of 256")
+    assert all(report.matched or report.measured or name == "fold_projection" for name, report in reports.items())
     # Nano at 128: one stem, four stages of one block.
     assert (reports["mlp_to_convolutions"].matched, reports["fold_layer_scale"].matched) == (4, 4)
     assert (reports["compose_stem"].matched, reports["merge_branches"].matched) == (1, 7)

@@ -1,0 +1,162 @@
+"""A bundle's graphs in other precisions, beside those it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from ..export.rules.measured import Stopwatch
+from ..export.trace import describe_graph
+from ..export.weights import WeightsFile
+from ..runtime.backends import Options, open_graph
+from ..runtime.bundle import Bundle, open_bundle, record_file, write_manifest
+from ..runtime.cli.output import Stages
+from ..runtime.errors import CheckFailed, InputError
+from ..runtime.files import atomic_folder
+from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Manifest
+from ..runtime.volume import image_feeds
+from .calibrate import image_graph
+from .half import Half, to_half
+from .layers import Layer
+from .quantize import quantize, quantize_weights
+from .record import Record, write_record
+from .scales import threshold
+
+CALIBRATION_FILE = "calibration.json"
+#: Precisions that calibration can add.
+ADDED = ("fp16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What to add: precisions, the method for INT8's thresholds, and whether depthwise layers become INT8, too."""
+
+    precisions: Sequence[str] = ADDED
+    method: str = "entropy"
+    depthwise: bool = False
+
+    def keep(self, layer: Layer) -> bool:
+        """Whether a layer stays float."""
+        return layer.depthwise and not self.depthwise
+
+
+def thresholds_of(record: Record, method: str) -> dict[str, float]:
+    """By activation.
+
+    Raises:
+        InputError: an activation with NaN, or a method that does not exist.
+    """
+    found = {}
+    for name, histogram in record.histograms.items():
+        if not histogram.finite:
+            raise InputError(f"activation {name} holds NaN or infinite values on the calibration scans; the checkpoint "
+                             "cannot be quantized")
+        if histogram.counts.any() or histogram.largest == 0:
+            found[name] = threshold(histogram, method)
+    return found
+
+
+def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stages) -> Manifest:
+    """Make the graphs and replace the bundle by one that has them, or leave it as it is.
+
+    Raises:
+        InputError: a graph with no layer that INT8 could hold; activations that cannot be quantized.
+        CheckFailed: a new graph gives NaN.
+    """
+    old = bundle.manifest
+    with atomic_folder(bundle.folder, MANIFEST_NAME) as folder:
+        kept = [graph for graph in old.graphs if graph.precision not in choice.precisions]
+        files = _copy_files(bundle, kept, folder)
+        graphs, conversions = list(kept), [c for c in old.conversions if c.precision not in choice.precisions]
+        for precision in choice.precisions:
+            display.stage(f"writing {precision}")
+            make = {"fp16": _add_half, "int8": _add_int8}[precision]
+            added, conversion = make(bundle, record, choice, folder)
+            for graph in added:
+                _require_finite(folder, graph, old)
+            graphs += added
+            conversions.append(conversion)
+        write_record(folder / CALIBRATION_FILE, record)
+        new = {name for graph in graphs for name in (graph.file, graph.weights) if name is not None}
+        names = sorted({*files, *new, CALIBRATION_FILE})
+        manifest = dataclasses.replace(old, graphs=tuple(graphs), conversions=tuple(conversions),
+                                       files=tuple(record_file(folder, name) for name in names))
+        write_manifest(folder, manifest)
+    return open_bundle(bundle.folder, verify=False).manifest
+
+
+def _copy_files(bundle: Bundle, kept: Sequence[Graph], folder: Path) -> list[str]:
+    """The bundle's files, but for those of graphs that are made anew."""
+    needed = {name for graph in kept for name in (graph.file, graph.weights)}
+    owned = {name for graph in bundle.manifest.graphs for name in (graph.file, graph.weights)}
+    names = [record.path for record in bundle.manifest.files
+             if (record.path in needed or record.path not in owned) and record.path != CALIBRATION_FILE]
+    for name in names:
+        # Copied, not linked: onnx refuses weights of several names, as links may lead where they should not.
+        shutil.copyfile(bundle.path(name), folder / name)
+    return names
+
+
+def _text_graph(bundle: Bundle) -> onnx.ModelProto | None:
+    graph = bundle.manifest.graph("text")
+    return None if graph is None else onnx.load(bundle.path(graph.file))
+
+
+def _add_half(bundle: Bundle, record: Record, choice: Choice, folder: Path) -> tuple[list[Graph], Conversion]:
+    del choice
+    _, image = image_graph(bundle)
+    half = to_half(image, {name: histogram.largest for name, histogram in record.histograms.items()})
+    graphs = [_save(half.proto, folder, "image", "fp16")]
+    if (text := _text_graph(bundle)) is not None:
+        graphs.append(_save(to_half(text).proto, folder, "text", "fp16"))
+    return graphs, Conversion("fp16", None, len(record.scans), record.data, 0, _reasons(half))
+
+
+def _reasons(half: Half) -> tuple[str, ...]:
+    texts = [f"{count} nodes in float32: {reason}" for reason, count in half.float32.items()]
+    return (*texts, *(f"{name} reaches {value:.3g}, kept in float32" for name, value in half.overflow.items()))
+
+
+def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path) -> tuple[list[Graph], Conversion]:
+    limits = thresholds_of(record, choice.method)
+    _, image = image_graph(bundle)
+    found = quantize(image, limits, choice.keep)
+    weights = WeightsFile(folder / "image.int8.weights")
+    graphs = [_save(found.proto, folder, "image", "int8", weights=weights)]
+    for form in bundle.manifest.graphs:
+        if form.role == "image" and form.precision == "fp32" and form.target != ANY_TARGET:
+            fast = quantize(onnx.load(bundle.path(form.file)), limits, choice.keep).proto
+            if Stopwatch(Options(backend=form.target)).compare(found.proto, fast).is_faster:
+                graphs.append(_save(fast, folder, "image", "int8", form.target, weights))
+    if (text := _text_graph(bundle)) is not None:
+        graphs.append(_save(to_half(quantize_weights(text)).proto, folder, "text", "int8"))
+    return graphs, Conversion("int8", choice.method, len(record.scans), record.data, found.layers, found.left)
+
+
+def _save(proto: onnx.ModelProto, folder: Path, role: str, precision: str, target: str = ANY_TARGET,
+          weights: WeightsFile | None = None) -> Graph:
+    weights = weights or WeightsFile(folder / f"{role}.{precision}.weights")
+    path = folder / ".".join([role, precision, *[target] * (target != ANY_TARGET), "onnx"])
+    weights.save(proto, path)
+    return describe_graph(role, path, precision, target, weights.name)
+
+
+def _require_finite(folder: Path, graph: Graph, manifest: Manifest) -> None:
+    """Run a new graph once."""
+    rng = np.random.default_rng(0)
+    if graph.role == "image":
+        spec = manifest.preprocessing
+        volume = rng.uniform(*spec.value_range, (1, *spec.shape_dhw)).astype(np.float32)
+        feeds: Mapping[str, np.ndarray] = image_feeds(graph.inputs, volume)
+        output = "image_embedding"
+    else:
+        feeds = {"input_ids": np.ones((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
+        output = "text_embedding"
+    (found,) = open_graph(folder / graph.file, Options()).run(feeds, [output])
+    if not np.isfinite(found).all():
+        raise CheckFailed(f"{graph.file}: gives NaN or infinite embeddings; nothing was written")

@@ -1,0 +1,90 @@
+"""What was observed, as a JSON file: it belongs to one model, and saves observing again."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ..runtime.errors import InputError
+from ..runtime.files import atomic_file, require_file
+from .histogram import BINS, Histogram
+
+_FORMAT = "dcformer-deploy calibration 1"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Observations of one graph.
+
+    ``model``: digest of the graph and its weights. ``scans``: names of the files, in their order; ``data``: digest of
+    their contents. ``histograms``: by activation.
+    """
+
+    model: str
+    scans: tuple[str, ...]
+    data: str
+    histograms: Mapping[str, Histogram]
+
+
+def model_digest(proto: onnx.ModelProto) -> str:
+    """sha256 of a graph with its weights, whatever file they lie in."""
+    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write the file, whole or not at all."""
+    activations = {name: {
+        "low": _number(h.low), "high": _number(h.high), "top": h.top, "finite": h.finite,
+        "counts": base64.b64encode(h.counts.astype("<i8").tobytes()).decode() if h.counts.any() else None,
+    } for name, h in record.histograms.items()}
+    document = {"format": _FORMAT, "model": record.model, "scans": record.scans, "data": record.data,
+                "activations": activations}
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _number(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def read_record(path: Path, model: str) -> Record:
+    """Read the file.
+
+    Args:
+        model: digest of the graph that it is for.
+
+    Raises:
+        InputError: not such a file, damaged, or of another model.
+    """
+    require_file(path, "calibration cache")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != _FORMAT:
+            raise ValueError(f"format {document['format']!r}")
+        histograms = {name: _histogram(entry) for name, entry in document["activations"].items()}
+        record = Record(str(document["model"]), tuple(map(str, document["scans"])), str(document["data"]), histograms)
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a calibration cache, or damaged ({error}); calibrate with --data DIR") from error
+    if record.model != model:
+        raise InputError(f"{path}: made for another model ({record.model[:12]}…, this is {model[:12]}…); calibrate "
+                         "with --data DIR")
+    return record
+
+
+def _histogram(entry: Mapping[str, Any]) -> Histogram:
+    counts = np.zeros(BINS, np.int64)
+    if entry["counts"] is not None:
+        counts = np.frombuffer(base64.b64decode(entry["counts"], validate=True), "<i8").astype(np.int64)
+    if counts.shape != (BINS,) or (counts < 0).any():
+        raise ValueError(f"{counts.size} counts")
+    low = np.inf if entry["low"] is None else float(entry["low"])
+    high = -np.inf if entry["high"] is None else float(entry["high"])
+    return Histogram(low, high, float(entry["top"]), bool(entry["finite"]), counts)

@@ -1,0 +1,80 @@
+"""``dcformer calibrate``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..backends import Options
+from ..backends.base import MOST_THREADS
+from ..bundle import open_bundle
+from ..errors import InputError
+from ..files import cache_folder
+from .inspect import print_conversions
+from .options import bundle_argument, json_option, scan_options
+from .output import print_json, progress
+
+
+@click.command("calibrate")
+@bundle_argument
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder of scans like those that the bundle will see; without it, what was observed before is used.")
+@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Scans to observe, spread evenly over the folder.")
+@click.option("--split", metavar="NAME", help="'valid' or 'train', where the folder holds both.")
+@click.option("--precision", "precisions", default="fp16,int8", show_default=True, metavar="NAME,NAME",
+              help="Precisions to add to the bundle.")
+@click.option("--method", default="entropy", show_default=True, metavar="NAME",
+              help="From what was observed to INT8's range: minmax, percentile, entropy or mse.")
+@click.option("--depthwise", is_flag=True, help="Also depthwise convolutions in INT8; they are often slower so.")
+@click.option("--cache", type=click.Path(path_type=Path), metavar="FILE",
+              help="With --data: also write what was observed there; without: read it from there.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
+@json_option
+@scan_options
+def command(bundle: Path, data: Path | None, samples: int, split: str | None, precisions: str, method: str,
+            depthwise: bool, cache: Path | None, threads: int | None, as_json: bool, **read_options: Any) -> None:
+    """Add FP16 and INT8 graphs to BUNDLE, from what its activations look like on scans.
+
+    Nothing is kept of the scans but extremes and histograms of activations (calibration.json in the bundle), in memory
+    that does not grow with their number. An interrupted calibration goes on where it stopped. `dcformer retention`
+    shows how well the new graphs keep the answers.
+    """
+    from ...calibration.add_precisions import ADDED, CALIBRATION_FILE, Choice, add_precisions
+    from ...calibration.calibrate import image_graph, observe
+    from ...calibration.record import model_digest, read_record, write_record
+    from ...calibration.scales import require_method
+    from ...calibration.scans import choose_samples
+
+    names = [name.strip() for name in precisions.split(",")]
+    for index, name in enumerate(names):
+        if name not in ADDED or name in names[:index]:
+            raise InputError(f"--precision {precisions!r}: expected some of {', '.join(ADDED)}, each once")
+    require_method(method)
+    opened = open_bundle(bundle)
+    options = Options(threads=threads)
+    given = {name: value for name, value in read_options.items() if value is not None}
+    with progress(samples if data is not None else None) as display:
+        if data is not None:
+            chosen = choose_samples(data, samples, split, given)
+            identity = json.dumps([opened.manifest.digest, [str(s.path.resolve()) for s in chosen], str(given)])
+            state = cache_folder() / "calibrate" / f"{hashlib.sha256(identity.encode()).hexdigest()[:20]}.json"
+            record = observe(opened, chosen, samples, state, options, display)
+            state.unlink()
+            if cache is not None:
+                write_record(cache, record)
+        else:
+            known = cache or bundle / CALIBRATION_FILE
+            if cache is None and not known.exists():
+                raise InputError(f"{bundle}: nothing was observed of it yet; pass --data DIR (or --cache FILE)")
+            record = read_record(known, model_digest(image_graph(opened)[1]))
+        manifest = add_precisions(opened, record, Choice(names, method, depthwise), display)
+    if as_json:
+        print_json(json.loads(manifest.to_json())["conversions"])
+        return
+    print_conversions(manifest)
+    click.echo(f"{bundle}: now also {' and '.join(names)}; `dcformer retention {bundle} --data DIR` shows what is kept")
