@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,8 +36,8 @@ class Observer:
         sizes = activation_bytes(proto)
         self._detailed = set(detailed)
         self.histograms = {name: Histogram() for name in sizes}
-        self._groups = _groups(sizes, budget_bytes)
-        self._sessions = [_open(proto, group, threads) for group in self._groups]
+        self._groups = split_by_bytes(sizes, budget_bytes)
+        self._sessions = [open_part(proto, group, threads) for group in self._groups]
 
     def observe(self, feeds: Mapping[str, NDArray[np.float32]]) -> None:
         """Add what the graph makes of one scan."""
@@ -64,7 +65,7 @@ def activation_bytes(proto: onnx.ModelProto) -> dict[str, int]:
     return sizes
 
 
-def _groups(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
+def split_by_bytes(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
     """Neighbours together, as many as the budget allows, at least one."""
     groups: list[list[str]] = []
     left = 0
@@ -77,8 +78,8 @@ def _groups(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
     return groups
 
 
-def _open(proto: onnx.ModelProto, outputs: Sequence[str], threads: int):  # noqa: ANN202 (onnxruntime has no types)
-    """A session for the part of a graph that computes some of its values."""
+def open_part(proto: onnx.ModelProto, outputs: Sequence[str], threads: int) -> Any:
+    """An onnxruntime session for the part of a graph that computes some of its values."""
     part = _part(proto, outputs)
     library = import_onnxruntime()
     settings = library.SessionOptions()
@@ -95,8 +96,9 @@ def _part(proto: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
         if wanted & set(node.output):
             nodes.append(node)
             wanted |= set(node.input)
+    kinds = {value.name: value for value in (*proto.graph.value_info, *proto.graph.output)}
     graph = onnx.helper.make_graph(
         nodes[::-1], proto.graph.name, [value for value in proto.graph.input if value.name in wanted],
-        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
+        [kinds[name] for name in outputs],
         [tensor for tensor in proto.graph.initializer if tensor.name in wanted])
     return onnx.helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)

@@ -69,6 +69,11 @@ def read_dataset(folder: Path, classes: Sequence[str], tables: Tables, split: st
     return cases
 
 
+def has_labels(folder: Path, classes: Sequence[str]) -> bool:
+    """Whether a table below the folder has these columns."""
+    return any({NAME_COLUMN, *classes} <= _header(path) for path in sorted(folder.rglob("*.csv")))
+
+
 def find_scans(folder: Path, split: str | None = None) -> list[tuple[Path, Path | None]]:
     """All scans below a folder by name, labelled or not, each with the table of its metadata if there is one.
 

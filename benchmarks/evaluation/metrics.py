@@ -64,6 +64,25 @@ def classification(scores: Floats, labels: NDArray[np.bool_], classes: Sequence[
     )
 
 
+def auroc_difference(scores: Floats, reference: Floats, labels: NDArray[np.bool_], classes: Sequence[str],
+                     seed: int = 0) -> tuple[Estimate, dict[str, Estimate]]:
+    """AUROC of ``scores`` less that of ``reference``, both ``[scans, classes]``: mean over classes, and by class.
+
+    Intervals are paired: both are taken on the same resampled scans, so what a draw does to both cancels.
+    """
+    draws = np.random.default_rng(seed).integers(0, len(scores), (RESAMPLES, len(scores)))
+    points: list[float | None] = []
+    resampled = []
+    for a, b, label in zip(scores.T, reference.T, labels.T, strict=True):
+        defined = 0 < label.sum() < len(label)
+        points.append(float(roc_auc_score(label, a) - roc_auc_score(label, b)) if defined else None)
+        resampled.append(_resampled_auroc(a, label, draws) - _resampled_auroc(b, label, draws))
+    kept = [value for value in points if value is not None]
+    rows = np.stack(resampled)[[value is not None for value in points]]
+    mean = _estimate(float(np.mean(kept)) if kept else None, _mean_of_defined(rows))
+    return mean, {name: _estimate(point, row) for name, point, row in zip(classes, points, resampled, strict=True)}
+
+
 def retrieval(queries: Floats, gallery: Floats, seed: int = 0) -> dict[str, Estimate]:
     """R@K: share of queries ``[n, d]`` (unit rows) whose own item of the gallery ``[n, d]`` is among the K nearest.
 

@@ -1,0 +1,108 @@
+"""``dcformer retention``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..backends import Options
+from ..backends.base import BACKENDS, MOST_THREADS
+from ..bundle import Bundle, open_bundle
+from ..errors import InputError, one_line
+from ..model import Model
+from .options import bundle_argument, json_option
+from .output import print_json, print_table, progress, warn_if_untrained
+
+if TYPE_CHECKING:
+    from ...calibration.retention import Scan
+    from ...calibration.sqnr import LayerNoise
+
+#: Scans whose activations are compared layer by layer.
+_NOISE_SCANS = 2
+
+
+@click.command("retention")
+@bundle_argument
+@click.option("--data", required=True, type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder of scans; with labels in CT-RATE's layout, AUROC is compared, too.")
+@click.option("--split", metavar="NAME", help="'valid' or 'train', where the folder holds both.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N scans.")
+@click.option("--precision", "precisions", metavar="NAME,NAME",
+              help="What to compare with fp32; default: what the bundle has. 'bf16': openvino computing in bfloat16.")
+@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
+              help="Inference library, for fp32 and all others.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write the report there as Markdown and JSON, and a plot.")
+@click.option("--state", type=click.Path(path_type=Path), metavar="FILE",
+              help="Where finished scans are kept until the end; default: in the user's cache folder.")
+@json_option
+def command(bundle: Path, data: Path, split: str | None, limit: int | None, precisions: str | None, backend: str,
+            threads: int | None, out: Path | None, state: Path | None, as_json: bool) -> int:
+    """Compare BUNDLE's lower precisions with its own fp32: embeddings, codes, scores, AUROC, noise by layer.
+
+    An interrupted comparison goes on where it stopped. Scans that cannot be read are listed, and make the exit code 2.
+    """
+    from ...benchmarks.evaluation.state import open_state, state_path
+    from ...calibration.report import COLUMNS, cells, title, write_report
+    from ...calibration.retention import REFERENCE, choose_scans, compare
+
+    opened = open_bundle(bundle)
+    names = _names(opened, precisions, backend)
+    models = {name: Model(opened, _options(name, backend, threads)) for name in (REFERENCE, *names)}
+    warn_if_untrained(models[REFERENCE])
+    scans = choose_scans(data, models[REFERENCE], split, limit)
+    identity = {"retention": opened.manifest.digest, "dataset": str(data.resolve()), "backend": backend}
+    with progress(len(scans)) as display, open_state(state or state_path(identity), fresh=False) as kept:
+        found = compare(models, scans, kept, display,
+                        lambda name: _noise(opened, name, scans[:_NOISE_SCANS], Options(threads=threads).thread_count),
+                        {"bundle": str(bundle), "dataset": str(data)})
+    paths = write_report(found, out) if out is not None else []
+    for text in found.failed:
+        click.echo(f"error: {one_line(text)}", err=True)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_table(title(found), COLUMNS, [cells(name, kept) for name, kept in found.precisions.items()])
+        for path in paths:
+            click.echo(path)
+    return 2 if found.failed else 0
+
+
+def _names(opened: Bundle, precisions: str | None, backend: str) -> list[str]:
+    there = list(dict.fromkeys(g.precision for g in opened.manifest.graphs if g.role == "image"))[1:]
+    known = [*there, *["bf16"] * (backend == "openvino")]
+    names = [name.strip() for name in precisions.split(",")] if precisions is not None else there
+    if not names:
+        raise InputError(f"{opened.folder}: holds fp32 only; `dcformer calibrate` adds precisions")
+    for index, name in enumerate(names):
+        if name not in known or name in names[:index]:
+            raise InputError(f"--precision {name!r}: expected some of {', '.join(known) or 'none'}, each once; "
+                             "`dcformer calibrate` adds fp16 and int8, --backend openvino has bf16")
+    return names
+
+
+def _options(name: str, backend: str, threads: int | None) -> Options:
+    if name == "bf16":
+        return Options(threads=threads, backend=backend, bf16=True)
+    return Options(threads=threads, backend=backend, precision=name)
+
+
+def _noise(opened: Bundle, name: str, scans: list[Scan], threads: int) -> tuple[LayerNoise, ...]:
+    """Of graphs that are good anywhere; a back end's own bfloat16 has no graph to look into."""
+    import onnx
+
+    from ...calibration.calibrate import image_graph
+    from ...calibration.sqnr import layer_noise
+    from ..volume import ReadOptions, read_scan, scan_feeds
+
+    graph = opened.manifest.graph("image", name)
+    if graph is None:
+        return ()
+    reference, proto = image_graph(opened)
+    spec = opened.manifest.preprocessing
+    feeds = [scan_feeds(reference.inputs, read_scan(scan.path, spec, ReadOptions(**scan.options)), spec, threads)
+             for scan in scans]
+    return layer_noise(proto, onnx.load(opened.path(graph.file)), feeds, threads)
