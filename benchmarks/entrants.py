@@ -25,6 +25,7 @@ class _Kind:
     export: str | None = None
     backend: str = "onnxruntime"
     bf16: bool = False
+    precision: str = "fp32"
 
 
 _KINDS = {
@@ -34,6 +35,8 @@ _KINDS = {
     "openvino-naive": _Kind(bundle.KIND, _NAIVE, "openvino"),
     "openvino": _Kind(bundle.KIND, "openvino", "openvino"),
     "openvino-bf16": _Kind(bundle.KIND, "openvino", "openvino", bf16=True),
+    "onnxruntime-int8": _Kind(bundle.KIND, precision="int8"),
+    "openvino-int8": _Kind(bundle.KIND, backend="openvino", precision="int8"),
 }
 NAMES = tuple(_KINDS)
 
@@ -75,11 +78,15 @@ def choose_entrants(names: Sequence[str], field: Field, folder: Path,
     entrants = []
     for name in (*names, *[OWN] * (OWN not in names)):
         kind = _KINDS[name]
+        if manifest.graph("image", kind.precision) is None:
+            raise InputError(f"--against {name}: {field.bundle} has no {kind.precision} graph; `dcformer calibrate` "
+                             "adds it")
         made = field.bundle
         has_own = any(graph.target == kind.export for graph in manifest.graphs)
         if kind.export is not None and not has_own:
             made = _export_again(field, manifest, kind.export, folder, on_stage)
-        entrants.append(Entrant(name, kind.kind, replace(job, bundle=str(made), backend=kind.backend, bf16=kind.bf16)))
+        entrants.append(Entrant(name, kind.kind, replace(job, bundle=str(made), backend=kind.backend, bf16=kind.bf16,
+                                                        precision=kind.precision)))
     return entrants
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ..export.graph_files import WeightsFile, describe_graph
 from ..export.rules.measured import Stopwatch
-from ..export.trace import describe_graph
-from ..export.weights import WeightsFile
 from ..runtime.backends import Options, open_graph
 from ..runtime.bundle import Bundle, open_bundle, record_file, write_manifest
 from ..runtime.cli.output import Stages
@@ -22,12 +21,14 @@ from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Man
 from ..runtime.volume import image_feeds
 from .calibrate import image_graph
 from .half import Half, to_half
-from .layers import Layer
+from .layers import Layer, reads_stacked_planes
 from .quantize import quantize, quantize_weights
 from .record import Record, write_record
 from .scales import threshold
 
 CALIBRATION_FILE = "calibration.json"
+#: Share of the signal's energy by which back ends may differ on one graph: 20 dB.
+_LARGEST_DIFFERENCE = 0.01
 #: Precisions that calibration can add.
 ADDED = ("fp16", "int8")
 
@@ -37,7 +38,7 @@ class Choice:
     """What to add: precisions, the method for INT8's thresholds, and whether depthwise layers become INT8, too."""
 
     precisions: Sequence[str] = ADDED
-    method: str = "entropy"
+    method: str = "mse"
     depthwise: bool = False
 
     def keep(self, layer: Layer) -> bool:
@@ -130,9 +131,12 @@ def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path) -> t
     graphs = [_save(found.proto, folder, "image", "int8", weights=weights)]
     for form in bundle.manifest.graphs:
         if form.role == "image" and form.precision == "fp32" and form.target != ANY_TARGET:
-            fast = quantize(onnx.load(bundle.path(form.file)), limits, choice.keep).proto
+            fast = quantize(onnx.load(bundle.path(form.file)), limits,
+                            lambda layer: choice.keep(layer) or reads_stacked_planes(layer)).proto
             if Stopwatch(Options(backend=form.target)).compare(found.proto, fast).is_faster:
-                graphs.append(_save(fast, folder, "image", "int8", form.target, weights))
+                graph = _save(fast, folder, "image", "int8", form.target, weights)
+                _require_same_anywhere(folder, graph, bundle.manifest)
+                graphs.append(graph)
     if (text := _text_graph(bundle)) is not None:
         graphs.append(_save(to_half(quantize_weights(text)).proto, folder, "text", "int8"))
     return graphs, Conversion("int8", choice.method, len(record.scans), record.data, found.layers, found.left)
@@ -148,15 +152,34 @@ def _save(proto: onnx.ModelProto, folder: Path, role: str, precision: str, targe
 
 def _require_finite(folder: Path, graph: Graph, manifest: Manifest) -> None:
     """Run a new graph once."""
-    rng = np.random.default_rng(0)
     if graph.role == "image":
-        spec = manifest.preprocessing
-        volume = rng.uniform(*spec.value_range, (1, *spec.shape_dhw)).astype(np.float32)
-        feeds: Mapping[str, np.ndarray] = image_feeds(graph.inputs, volume)
-        output = "image_embedding"
+        feeds, output = _random_feeds(graph, manifest), "image_embedding"
     else:
         feeds = {"input_ids": np.ones((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
         output = "text_embedding"
     (found,) = open_graph(folder / graph.file, Options()).run(feeds, [output])
     if not np.isfinite(found).all():
         raise CheckFailed(f"{graph.file}: gives NaN or infinite embeddings; nothing was written")
+
+
+def _random_feeds(graph: Graph, manifest: Manifest) -> Mapping[str, np.ndarray]:
+    spec = manifest.preprocessing
+    volume = np.random.default_rng(0).uniform(*spec.value_range, (1, *spec.shape_dhw)).astype(np.float32)
+    return image_feeds(graph.inputs, volume)
+
+
+def _require_same_anywhere(folder: Path, graph: Graph, manifest: Manifest) -> None:
+    """Compare the back end that a graph is for with ONNX Runtime, which computes every node by itself.
+
+    Back ends may round sums of integers elsewhere, which moves few values by one step; what a step amounts to depends
+    on the graph, so the bound is on the whole: noise 20 dB below the signal.
+    """
+    feeds = _random_feeds(graph, manifest)
+    expected, found = (open_graph(folder / graph.file, Options(backend=name)).run(feeds, ["feature_map"])[0]
+                       for name in ("onnxruntime", graph.target))
+    noise = float(np.square(found - expected, dtype=np.float64).sum())
+    signal = float(np.square(expected, dtype=np.float64).sum())
+    if not noise <= _LARGEST_DIFFERENCE * signal:
+        raise CheckFailed(f"{graph.file}: {graph.target} computes something else than onnxruntime ("
+                          f"{10 * np.log10(signal / noise):.1f} dB); nothing was written. Calibrate a bundle that was "
+                          f"exported without --target {graph.target}")

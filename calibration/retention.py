@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from ..benchmarks.evaluation.dataset import Tables, find_scans, has_labels, read_dataset
 from ..benchmarks.evaluation.metrics import Estimate, auroc_difference, classification
 from ..benchmarks.evaluation.state import State, stamp
+from ..runtime.bundle import Bundle
 from ..runtime.cli.output import Stages
 from ..runtime.errors import BundleError, InputError
 from ..runtime.machine import machine
 from ..runtime.model import Model
-from .sqnr import LayerNoise
+from ..runtime.volume import ReadOptions, read_scan, scan_feeds
+from .calibrate import image_graph
+from .sqnr import LayerNoise, layer_noise
 
 REFERENCE = "fp32"
 
@@ -102,6 +106,21 @@ def choose_scans(folder: Path, model: Model, split: str | None, limit: int | Non
 
 def _options(metadata: Path | None) -> dict[str, Any]:
     return {} if metadata is None else {"metadata": metadata}
+
+
+def graph_noise(opened: Bundle, precision: str, scans: Sequence[Scan], threads: int) -> tuple[LayerNoise, ...]:
+    """Noise by layer of a precision's graph for any back end, on some scans.
+
+    Empty where there is no graph: a back end's own bfloat16 cannot be looked into.
+    """
+    graph = opened.manifest.graph("image", precision)
+    if graph is None:
+        return ()
+    reference, proto = image_graph(opened)
+    spec = opened.manifest.preprocessing
+    feeds = [scan_feeds(reference.inputs, read_scan(scan.path, spec, ReadOptions(**scan.options)), spec, threads)
+             for scan in scans]
+    return layer_noise(proto, onnx.load(opened.path(graph.file)), feeds, threads)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import onnx
 import torch
 from torch import Tensor, nn
 
-from ..runtime.manifest import ANY_TARGET, Graph, TensorInfo
 from .clip import Clip, ClipSpec, Detector
 
 #: Newest opset that TensorRT 10, OpenVINO and ONNX Runtime all read, and the first with Gelu as one operator.
@@ -105,22 +103,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def describe_graph(role: str, path: Path, precision: str = "fp32", target: str = ANY_TARGET,
-                   weights: str | None = None) -> Graph:
-    """The manifest's description of an ONNX file: opset, inputs and outputs with their named axes.
-
-    Args:
-        target, weights: as the manifest's Graph has them.
-    """
-    proto = onnx.load(path, load_external_data=False)
-
-    def info(value: onnx.ValueInfoProto) -> TensorInfo:
-        tensor = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-        return TensorInfo(value.name, dtype, tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim))
-
-    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    return Graph(role, precision, path.name, opset, tuple(map(info, proto.graph.input)),
-                 tuple(map(info, proto.graph.output)), target, weights)

@@ -15,7 +15,7 @@ from ..runtime.errors import CheckFailed
 from ..runtime.manifest import Agreement
 from ..runtime.volume import image_feeds
 from .clip import Clip, Detector, ImageOutputs
-from .trace import describe_graph
+from .graph_files import describe_graph
 
 #: fp32 graphs differ from PyTorch by summation order only. `make demo` shows 1e-6, so this is a wide margin.
 TOLERANCE = 1e-4

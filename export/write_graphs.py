@@ -10,10 +10,9 @@ import onnx
 
 from ..runtime.backends import Options
 from ..runtime.manifest import Graph, Rewrite
+from .graph_files import WeightsFile, describe_graph
 from .rules.measured import Stopwatch
 from .rules.pipeline import MEASURED, RULE_NAMES, optimize
-from .trace import describe_graph
-from .weights import WeightsFile
 
 IMAGE_FILE = "image.fp32.onnx"
 IMAGE_WEIGHTS = "image.fp32.weights"

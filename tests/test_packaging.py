@@ -13,7 +13,7 @@ import pytest
 
 from golden import REPOSITORY
 
-TOP_LEVEL = ("runtime", "export", "benchmarks")
+TOP_LEVEL = ("runtime", "export", "calibration", "benchmarks")
 #: pip must not find this repository or the developer's environment.
 CLEAN = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
@@ -35,11 +35,12 @@ def test_every_package_is_listed():
 def test_only_export_and_dev_bring_torch():
     parser = setup_cfg()
     extras = dict(parser["options.extras_require"])
-    assert set(extras) == {"bench", "cpu", "cuda", "evaluate", "export", "openvino", "phantom", "tensorrt", "dev"}
+    assert set(extras) == {"bench", "calibration", "cpu", "cuda", "evaluate", "export", "openvino", "phantom",
+                           "tensorrt", "dev"}
     for name in ("bench", "cpu", "cuda", "evaluate", "openvino", "phantom", "tensorrt"):
         assert not any(word in extras[name].split() for word in ("torch", "transformers", "onnx"))
     assert "torch" in extras["export"]
-    assert "dcformer-deploy[bench,cpu,evaluate,export,openvino,phantom]" in extras["dev"]
+    assert "dcformer-deploy[bench,calibration,cpu,evaluate,export,openvino,phantom]" in extras["dev"]
     base = {line.split()[0] for line in parser["options"]["install_requires"].strip().splitlines()}
     assert base == {"numpy", "nibabel", "isal", "tokenizers", "dacite", "click", "rich"}
 

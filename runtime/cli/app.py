@@ -38,7 +38,7 @@ COMMANDS = {
     "profile": ("profile", "Show where the time goes: phases of scoring a scan, operators of the image tower."),
 }
 #: What must be installed for a package of this project to import.
-_EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "transformers": "export",
+_EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir": "export", "transformers": "export",
            "safetensors": "export", "onnxruntime": "cpu", "scipy": "phantom", "PIL": "phantom",
            "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 

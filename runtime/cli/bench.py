@@ -24,7 +24,8 @@ from .output import print_json, print_table, progress
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
               help="The checkpoint of BUNDLE: PyTorch then runs its weights, and embeddings are compared.")
 @click.option("--against", metavar="NAME,NAME,…",
-              help="Beside BUNDLE: torch (the default), onnx-naive, openvino-naive, openvino, openvino-bf16.")
+              help="Beside BUNDLE: torch (the default), onnx-naive, openvino-naive, openvino, openvino-bf16, "
+                   "onnxruntime-int8, openvino-int8.")
 @click.option("--scan", type=click.Path(path_type=Path), metavar="SCAN",
               help="Measure from this file to scores instead of from a preprocessed volume to the embedding.")
 @click.option("--load-only", is_flag=True,

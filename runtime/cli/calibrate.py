@@ -28,7 +28,7 @@ from .output import print_json, progress
 @click.option("--split", metavar="NAME", help="'valid' or 'train', where the folder holds both.")
 @click.option("--precision", "precisions", default="fp16,int8", show_default=True, metavar="NAME,NAME",
               help="Precisions to add to the bundle.")
-@click.option("--method", default="entropy", show_default=True, metavar="NAME",
+@click.option("--method", default="mse", show_default=True, metavar="NAME",
               help="From what was observed to INT8's range: minmax, percentile, entropy or mse.")
 @click.option("--depthwise", is_flag=True, help="Also depthwise convolutions in INT8; they are often slower so.")
 @click.option("--cache", type=click.Path(path_type=Path), metavar="FILE",

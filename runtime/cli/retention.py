@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -14,10 +13,6 @@ from ..errors import InputError, one_line
 from ..model import Model
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress, warn_if_untrained
-
-if TYPE_CHECKING:
-    from ...calibration.retention import Scan
-    from ...calibration.sqnr import LayerNoise
 
 #: Scans whose activations are compared layer by layer.
 _NOISE_SCANS = 2
@@ -47,17 +42,18 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
     """
     from ...benchmarks.evaluation.state import open_state, state_path
     from ...calibration.report import COLUMNS, cells, title, write_report
-    from ...calibration.retention import REFERENCE, choose_scans, compare
+    from ...calibration.retention import REFERENCE, choose_scans, compare, graph_noise
 
     opened = open_bundle(bundle)
     names = _names(opened, precisions, backend)
     models = {name: Model(opened, _options(name, backend, threads)) for name in (REFERENCE, *names)}
     warn_if_untrained(models[REFERENCE])
     scans = choose_scans(data, models[REFERENCE], split, limit)
+    thread_count = Options(threads=threads).thread_count
     identity = {"retention": opened.manifest.digest, "dataset": str(data.resolve()), "backend": backend}
     with progress(len(scans)) as display, open_state(state or state_path(identity), fresh=False) as kept:
         found = compare(models, scans, kept, display,
-                        lambda name: _noise(opened, name, scans[:_NOISE_SCANS], Options(threads=threads).thread_count),
+                        lambda name: graph_noise(opened, name, scans[:_NOISE_SCANS], thread_count),
                         {"bundle": str(bundle), "dataset": str(data)})
     paths = write_report(found, out) if out is not None else []
     for text in found.failed:
@@ -88,21 +84,3 @@ def _options(name: str, backend: str, threads: int | None) -> Options:
     if name == "bf16":
         return Options(threads=threads, backend=backend, bf16=True)
     return Options(threads=threads, backend=backend, precision=name)
-
-
-def _noise(opened: Bundle, name: str, scans: list[Scan], threads: int) -> tuple[LayerNoise, ...]:
-    """Of graphs that are good anywhere; a back end's own bfloat16 has no graph to look into."""
-    import onnx
-
-    from ...calibration.calibrate import image_graph
-    from ...calibration.sqnr import layer_noise
-    from ..volume import ReadOptions, read_scan, scan_feeds
-
-    graph = opened.manifest.graph("image", name)
-    if graph is None:
-        return ()
-    reference, proto = image_graph(opened)
-    spec = opened.manifest.preprocessing
-    feeds = [scan_feeds(reference.inputs, read_scan(scan.path, spec, ReadOptions(**scan.options)), spec, threads)
-             for scan in scans]
-    return layer_noise(proto, onnx.load(opened.path(graph.file)), feeds, threads)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dcformer_deploy.export.trace import describe_graph
+from dcformer_deploy.export.graph_files import describe_graph
 from dcformer_deploy.runtime.volume import image_feeds
 from graphs import GraphBuilder, only, run, volume
 

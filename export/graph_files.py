@@ -1,4 +1,4 @@
-"""Weights beside the ONNX files that use them: one file, every array once, mapped into memory instead of read."""
+"""ONNX files of a bundle: what the manifest says of them, and weights beside them, which several graphs share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import set_external_data, uses_external_data
 
+from ..runtime.manifest import ANY_TARGET, Graph, TensorInfo
+
 #: Smaller arrays stay in the ONNX file.
 _SMALLEST_BYTES = 1024
 _ALIGNMENT = 64
 
 
 class WeightsFile:
-    """A file of raw arrays (little-endian, as ONNX external data wants them) that several graphs share.
+    """A file of raw arrays (little-endian, as ONNX external data wants them), each once; back ends map it into memory.
 
     Args:
         path: the file to write, in the folder of the ONNX files.
@@ -55,3 +57,22 @@ class WeightsFile:
                 file.write(raw)
             self._places[digest] = offset, len(raw)
         return self._places[digest]
+
+
+def describe_graph(role: str, path: Path, precision: str = "fp32", target: str = ANY_TARGET,
+                   weights: str | None = None) -> Graph:
+    """The manifest's description of an ONNX file: opset, inputs and outputs with their named axes.
+
+    Args:
+        target, weights: as the manifest's Graph has them.
+    """
+    proto = onnx.load(path, load_external_data=False)
+
+    def info(value: onnx.ValueInfoProto) -> TensorInfo:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        return TensorInfo(value.name, dtype, tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim))
+
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    return Graph(role, precision, path.name, opset, tuple(map(info, proto.graph.input)),
+                 tuple(map(info, proto.graph.output)), target, weights)

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from dcformer_deploy.export.weights import WeightsFile
+from dcformer_deploy.export.graph_files import WeightsFile
 from graphs import GraphBuilder, run, volume
 
 
