@@ -44,7 +44,7 @@ from .rules.pipeline import require_rules
 from .tokenizer import convert_tokenizer
 from .trace import trace_image_tower, trace_text_tower
 from .verify import check_image_tower, check_text_tower, require_agreement
-from .write_graphs import TEXT_FILE, write_image_graphs, write_text_graph
+from .write_graphs import TEXT_FILE, write_image_graphs, write_text_graphs
 
 TOKENIZER_FILE = "tokenizer.json"
 PROMPTS_FILE = "prompt_embeddings.fp32.npy"
@@ -151,12 +151,12 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_stage:
         targets = dict.fromkeys(target for target in options.targets if target != ANY_TARGET)
         graphs, rewrites = write_image_graphs(traced, folder, options.without_rewrites, list(targets))
         on_stage("tracing the text tower")
-        graphs.append(write_text_graph(trace_text_tower(clip, spec), folder))
+        graphs += write_text_graphs(trace_text_tower(clip, spec), folder, list(targets))
         on_stage("comparing with PyTorch")
         zero_shot = _zero_shot_task(classes, checkpoint.scoring) if tokenizer else None
         prompts = _prompt_ids(folder, tokenizer, zero_shot) if tokenizer and zero_shot else None
-        files = [folder / graph.file for graph in graphs if graph.role == "image"]
-        agreement = _compare(model, clip, files, folder / TEXT_FILE, real, preprocessing.value_range, prompts)
+        towers = {role: [folder / graph.file for graph in graphs if graph.role == role] for role in ("image", "text")}
+        agreement = _compare(model, clip, towers, real, preprocessing.value_range, prompts)
         require_agreement(agreement)
         if prompts is not None:
             on_stage("embedding the prompts")
@@ -216,7 +216,7 @@ def _prompt_ids(
 
 
 def _compare(
-    model: Clip | Detector, clip: Clip, image_graphs: Sequence[Path], text_graph: Path, real: NDArray[np.float32],
+    model: Clip | Detector, clip: Clip, towers: Mapping[str, Sequence[Path]], real: NDArray[np.float32],
     value_range: tuple[float, float], prompts: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
 ) -> list[Agreement]:
     """Image tower on the real and on a random volume; text tower on the prompts and on random ids with padding."""
@@ -228,7 +228,8 @@ def _compare(
     texts = {"random": (rng.integers(0, config.vocab_size, mask.shape) * mask, mask)}
     if prompts is not None:
         texts["prompts"] = prompts
-    return [*check_image_tower(model, image_graphs, volumes), *check_text_tower(clip, text_graph, texts)]
+    return [*check_image_tower(model, towers["image"], volumes),
+            *(row for path in towers["text"] for row in check_text_tower(clip, path, texts))]
 
 
 def _write_prompt_embeddings(

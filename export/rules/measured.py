@@ -12,7 +12,9 @@ import json
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,8 +42,13 @@ class Stopwatch:
         self._options = options
         self._cache = cache or cache_folder() / "timings.json"
 
-    def compare(self, before: onnx.ModelProto, after: onnx.ModelProto) -> Timing:
-        """Time two graphs with the same inputs; remembered if they were timed here before."""
+    def compare(self, before: onnx.ModelProto, after: onnx.ModelProto,
+                sides: Mapping[str, int] | None = None) -> Timing:
+        """Time two graphs with the same inputs; remembered if they were timed here before.
+
+        Args:
+            sides: of dynamic axes, by name; 1 where nothing is said.
+        """
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder) / name for name in ("before.onnx", "after.onnx")]
             for path, proto in zip(paths, (before, after), strict=True):
@@ -49,9 +56,10 @@ class Stopwatch:
             backends = [open_graph(path, self._options) for path in paths]
             where = f"{backends[0].describe()}, {processor()}"
             key = f"{where}, {_structure(before)}, {_structure(after)}"
+            key += "".join(f", {name} {side}" for name, side in sorted((sides or {}).items()))
             known = self._read()
             if key not in known:
-                known[key] = _measure(backends, before)
+                known[key] = _measure(backends, before, sides or {})
                 self._write(known)
         before_ms, after_ms = known[key]
         return Timing(before_ms, after_ms, where)
@@ -72,8 +80,8 @@ class Stopwatch:
             path.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
 
-def _measure(backends: list[Backend], proto: onnx.ModelProto) -> list[float]:
-    feeds = {value.name: _zeros(value) for value in proto.graph.input}
+def _measure(backends: list[Backend], proto: onnx.ModelProto, sides: Mapping[str, int]) -> list[float]:
+    feeds = {value.name: _filled(value, sides) for value in proto.graph.input}
     outputs = [proto.graph.output[0].name]
     latencies: list[list[float]] = [[], []]
     for turn in range(RUNS + 1):
@@ -85,8 +93,12 @@ def _measure(backends: list[Backend], proto: onnx.ModelProto) -> list[float]:
     return [float(np.median(times)) for times in latencies]
 
 
-def _zeros(value: onnx.ValueInfoProto) -> NDArray[np.float32]:
-    return np.zeros([axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim], np.float32)
+def _filled(value: onnx.ValueInfoProto, sides: Mapping[str, int]) -> NDArray[Any]:
+    """Zeros, or ones for integers: as an attention mask, zeros would leave nothing to compute."""
+    kind = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    shape = [axis.dim_value or sides.get(axis.dim_param, 1) for axis in kind.shape.dim]
+    return np.full(shape, int(np.issubdtype(dtype, np.integer)), dtype)
 
 
 def _structure(proto: onnx.ModelProto) -> str:

@@ -77,7 +77,7 @@ def test_damaged_cache_is_announced_and_replaced(opened: list[_Backend], tmp_pat
 @pytest.mark.parametrize(("after_ms", "kept"), [(90.0, True), (110.0, False), (100.0, False)])
 def test_a_rule_stays_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, after_ms: float, kept: bool):
     timing = Timing(100.0, after_ms, "here")
-    monkeypatch.setattr(Stopwatch, "compare", lambda self, before, after: timing)
+    monkeypatch.setattr(Stopwatch, "compare", lambda self, before, after, sides=None: timing)
     graph = GraphBuilder()
     layers = graph.star(graph.star("x", (8, 1), 3), (8, 8), 3)
     before = graph.finish(graph.node("Conv", layers, graph.weight(4, 8, 1, 1, 1)), {"x": ["batch", 1, 3, 5, 7]})
