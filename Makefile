@@ -7,7 +7,7 @@ MODEL := benchmarks/phantom/model
 SEED ?= 8
 CLINICAL := demo/clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
 
-.PHONY: demo bench train evaluate test lint clean
+.PHONY: demo bench train evaluate retention test test-all lint clean
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -44,8 +44,22 @@ evaluate: $(READY)
 	$(BIN)/dcformer export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/bundle --force
 	$(BIN)/dcformer evaluate demo/bundle demo/held-out --checkpoint $(MODEL)/checkpoint.pth
 
+# What FP16, INT8 and bfloat16 keep of the demo model's answers, calibrated on phantoms that are in neither set.
+retention: $(READY)
+	$(BIN)/dcformer phantom --n 64 --seed 500 --out demo/calibration --force
+	$(BIN)/dcformer phantom --n 300 --seed 1000 --out demo/held-out --force
+	$(BIN)/dcformer export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/bundle --force \
+	  --target onnxruntime --target openvino
+	$(BIN)/dcformer calibrate demo/bundle --data demo/calibration
+	$(BIN)/dcformer retention demo/bundle --data demo/held-out --out demo/retention/onnxruntime
+	$(BIN)/dcformer retention demo/bundle --data demo/held-out --out demo/retention/openvino --backend openvino \
+	  --precision fp16,int8,bf16
+
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,9 @@ from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Man
 from ..runtime.volume import image_feeds
 from .calibrate import image_graph
 from .half import Half, to_half
-from .layers import Layer, reads_stacked_planes
+from .layers import Layer, group_name, reads_stacked_planes
 from .quantize import quantize, quantize_weights
-from .record import Record, write_record
+from .record import Record, model_digest, read_record, write_record
 from .scales import threshold
 
 CALIBRATION_FILE = "calibration.json"
@@ -35,15 +35,32 @@ ADDED = ("fp16", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What to add: precisions, the method for INT8's thresholds, and whether depthwise layers become INT8, too."""
+    """What to add: precisions, the method for INT8's thresholds, and whether depthwise layers become INT8, too.
+
+    ``floats``: layers that stay float, by ``group_name``.
+    """
 
     precisions: Sequence[str] = ADDED
     method: str = "mse"
     depthwise: bool = False
+    floats: Collection[str] = ()
 
     def keep(self, layer: Layer) -> bool:
         """Whether a layer stays float."""
-        return layer.depthwise and not self.depthwise
+        return (layer.depthwise and not self.depthwise) or group_name(layer) in self.floats
+
+
+def bundle_record(bundle: Bundle, proto: onnx.ModelProto) -> Record:
+    """What was observed of a bundle's image tower.
+
+    Raises:
+        InputError: nothing yet.
+    """
+    path = bundle.folder / CALIBRATION_FILE
+    if not path.exists():
+        raise InputError(f"{bundle.folder}: nothing was observed of it yet; `dcformer calibrate {bundle.folder} --data "
+                         "DIR` does")
+    return read_record(path, model_digest(proto))
 
 
 def thresholds_of(record: Record, method: str) -> dict[str, float]:
@@ -139,7 +156,8 @@ def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path) -> t
                 graphs.append(graph)
     if (text := _text_graph(bundle)) is not None:
         graphs.append(_save(to_half(quantize_weights(text)).proto, folder, "text", "int8"))
-    return graphs, Conversion("int8", choice.method, len(record.scans), record.data, found.layers, found.left)
+    return graphs, Conversion("int8", choice.method, len(record.scans), record.data, found.layers,
+                              (*(f"{name}: float, by choice" for name in choice.floats), *found.left))
 
 
 def _save(proto: onnx.ModelProto, folder: Path, role: str, precision: str, target: str = ANY_TARGET,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from ..export.rules.stream_planes import PLANE
 
 #: Operators with a constant weight, and the axis of its output channels; Gemm's depends on ``transB``.
 _WEIGHTED = {"Conv": 0, "MatMul": 1, "Gemm": 1}
+#: A branch of a decomposed convolution, in the name of its weight.
+_BRANCH = re.compile(r"\.c[123]\.0$")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,18 @@ def weight_of(node: ir.Node) -> NDArray[np.float32]:
     value = node.inputs[1]
     assert value is not None and value.const_value is not None
     return value.const_value.numpy()
+
+
+def layer_name(layer: Layer) -> str:
+    """The module that a layer was, by the name of its weight."""
+    weight = layer.node.inputs[1]
+    assert weight is not None
+    return str(weight.name).split("/")[0].removesuffix(".weight")
+
+
+def group_name(layer: Layer) -> str:
+    """The module whose layers are chosen together: c1, c2 and c3 of a decomposed convolution share their input."""
+    return _BRANCH.sub("", layer_name(layer))
 
 
 def source_name(value: ir.Value) -> str:

@@ -19,7 +19,7 @@ from onnx_ir.passes import common as passes
 from onnx_ir.tape import Tape
 
 from ..runtime.errors import InputError
-from .layers import Layer, quantizable_layers, source_name
+from .layers import Layer, layer_name, quantizable_layers, source_name
 from .scales import LEVELS
 
 
@@ -30,13 +30,6 @@ class Quantized:
     proto: onnx.ModelProto
     layers: int
     left: tuple[str, ...]
-
-
-def layer_name(layer: Layer) -> str:
-    """The module that a layer was, by the name of its weight."""
-    weight = layer.node.inputs[1]
-    assert weight is not None
-    return str(weight.name).split("/")[0].removesuffix(".weight")
 
 
 def quantize(proto: onnx.ModelProto, thresholds: Mapping[str, float],

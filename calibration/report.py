@@ -39,17 +39,17 @@ def title(found: Retention) -> str:
 
 def markdown(found: Retention, layers: int = 10) -> str:
     """Tables with what the columns mean, and the noisiest activations."""
-    lines = [f"{title(found)}.", "", *_table(COLUMNS, [cells(name, kept) for name, kept in found.precisions.items()])]
+    lines = [f"{title(found)}.", "", *table(COLUMNS, [cells(name, kept) for name, kept in found.precisions.items()])]
     lines += ["", "AUROC: less that of fp32, with the 95 % interval of the paired bootstrap over scans."]
     lines += [f"{name}: {kept.backend}." for name, kept in found.precisions.items()]
     classes = next((list(kept.auroc_delta) for kept in found.precisions.values() if kept.auroc_delta), [])
     if classes:
         rows = [[finding, *(_estimate(kept, finding) for kept in found.precisions.values())] for finding in classes]
-        lines += ["", *_table(("AUROC less fp32's", *found.precisions), rows)]
+        lines += ["", *table(("AUROC less fp32's", *found.precisions), rows)]
     for name, kept in found.precisions.items():
         if kept.layers:
             rows = [[entry.activation, entry.operator, f"{entry.sqnr_db:.1f}"] for entry in kept.layers[:layers]]
-            lines += ["", *_table((f"noisiest activations, {name}", "made by", "SQNR, dB"), rows)]
+            lines += ["", *table((f"noisiest activations, {name}", "made by", "SQNR, dB"), rows)]
     lines += ["", *(f"Left out: {text}" for text in found.failed)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -62,7 +62,8 @@ def _estimate(kept: Kept, finding: str) -> str:
     return f"{estimate.value:+.4f}{interval}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     header, *lines = ("| " + " | ".join(row) + " |" for row in (columns, *rows))
     return [header, "|---" * len(columns) + "|", *lines]
 

@@ -19,12 +19,15 @@ from ..runtime.bundle import Bundle
 from ..runtime.cli.output import Stages
 from ..runtime.errors import BundleError, InputError
 from ..runtime.machine import machine
+from ..runtime.manifest import Preprocessing, TensorInfo
 from ..runtime.model import Model
 from ..runtime.volume import ReadOptions, read_scan, scan_feeds
 from .calibrate import image_graph
 from .sqnr import LayerNoise, layer_noise
 
 REFERENCE = "fp32"
+#: Scans whose activations are compared layer by layer.
+NOISE_SCANS = 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,20 @@ def _options(metadata: Path | None) -> dict[str, Any]:
     return {} if metadata is None else {"metadata": metadata}
 
 
+def read_feeds(inputs: Sequence[TensorInfo], spec: Preprocessing, scans: Sequence[Scan], threads: int,
+               display: Stages) -> list[dict[str, NDArray[np.floating]]]:
+    """What an image tower reads of each scan.
+
+    Raises:
+        InputError: a scan that cannot be read.
+    """
+    feeds = []
+    for scan in scans:
+        display.stage(scan.path.name)
+        feeds.append(scan_feeds(inputs, read_scan(scan.path, spec, ReadOptions(**scan.options)), spec, threads))
+    return feeds
+
+
 def graph_noise(opened: Bundle, precision: str, scans: Sequence[Scan], threads: int) -> tuple[LayerNoise, ...]:
     """Noise by layer of a precision's graph for any back end, on some scans.
 
@@ -131,40 +148,42 @@ class _Outputs:
 
 
 def compare(models: Mapping[str, Model], scans: Sequence[Scan], state: State, display: Stages,
-            noise: Callable[[str], tuple[LayerNoise, ...]], about: Mapping[str, str]) -> Retention:
+            noise: Callable[[str, Sequence[Scan]], tuple[LayerNoise, ...]], about: Mapping[str, str]) -> Retention:
     """Run every model on every scan.
 
     Args:
         models: by precision; ``REFERENCE`` among them.
-        noise: layers' noise of a precision.
+        noise: layers' noise of a precision, on some scans that can be read.
         about: ``bundle`` and ``dataset``, for the report.
 
     Raises:
         InputError: no scan could be read.
     """
     outputs: dict[str, list[_Outputs]] = {name: [] for name in models}
-    labels, failed = [], []
+    done: list[Scan] = []
+    failed: list[str] = []
     for scan, found in _run(models, scans, state, display):
         display.advance()
         if isinstance(found, InputError):
             failed.append(str(found))
             continue
-        labels.append(scan.labels)
+        done.append(scan)
         for name, output in found.items():
             outputs[name].append(output)
-    if not labels:
+    if not done:
         raise InputError(f"none of the {len(scans)} scans could be used; the first: {failed[0]}")
     display.stage("resampling")
     task = models[REFERENCE].manifest.zero_shot
     classes = task.classes if task is not None else ()
-    truth = np.array(labels, bool) if labels[0] else None
+    truth = np.array([scan.labels for scan in done], bool) if done[0].labels else None
     reference = outputs[REFERENCE]
     auroc = None
     if truth is not None:
         auroc = classification(_scores(reference), truth, classes).mean_auroc.value
-    kept = {name: _judge(outputs[name], reference, truth, classes, models[name].describe(), noise(name))
+    kept = {name: _judge(outputs[name], reference, truth, classes, models[name].describe(),
+                         noise(name, done[:NOISE_SCANS]))
             for name in models if name != REFERENCE}
-    return Retention(about["bundle"], models[REFERENCE].manifest.digest, about["dataset"], len(labels), machine(),
+    return Retention(about["bundle"], models[REFERENCE].manifest.digest, about["dataset"], len(done), machine(),
                      tuple(failed), auroc, kept)
 
 

@@ -11,6 +11,8 @@ import golden
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
 from dcformer_deploy.export.random_weights import vocabulary
 from dcformer_deploy.runtime import Model, load
+from dcformer_deploy.runtime.cli.app import main
+from scans import write
 
 #: Largest relative error against the golden numbers. 1e-6 is measured, 1e-4 is promised to users.
 GOLDEN_TOLERANCE = 1e-5
@@ -70,3 +72,21 @@ def hounsfield() -> np.ndarray:
     body = np.where(x**2 + y**2 < 0.8, 40, -1000) + np.where((abs(x) - 0.4) ** 2 + y**2 < 0.08, -800, 0)
     body = body + 300 * (x > 0.5) + 200 * (y > 0.2) * (z > 0) + random.normal(0, 20, x.shape)
     return np.clip(body, -1024, 3071).astype(np.int16)
+
+
+@pytest.fixture(scope="session")
+def scans(ct: Path, hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four scans: the real CT, and drawn ones."""
+    folder = tmp_path_factory.mktemp("scans")
+    shutil.copy(ct, folder / "a.nii.gz")
+    for index, name in enumerate(("b.nii.gz", "c.nii", "d.nii.gz")):
+        write(folder / name, np.roll(hounsfield, 7 * index, axis=index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calibrated(pristine_bundle: Path, scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with FP16 and INT8 graphs; by extremes, as scans of mostly padding leave other methods little else."""
+    out = Path(shutil.copytree(pristine_bundle, tmp_path_factory.mktemp("calibrated") / "bundle"))
+    assert main(["calibrate", str(out), "--data", str(scans), "--samples", "3", "--method", "minmax"]) == 0
+    return out

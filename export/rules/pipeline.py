@@ -25,7 +25,7 @@ from .base import Rule
 from .cost import cost_of
 from .line_input import LineInput
 from .measured import Stopwatch
-from .stream_planes import StreamPlanes
+from .stream_planes import PLANE, StreamPlanes
 
 #: A rule set that still finds something after so many passes goes in circles.
 _MOST_PASSES = 200
@@ -113,11 +113,12 @@ def optimize(proto: onnx.ModelProto, without: Collection[str] = (),
             continue
         model = ir.from_proto(proto)
         there = set(model.graph)
+        names = {value.name for node in there for value in node.outputs}
         matched = step.apply(model)
         if not matched:
             reports.append(Rewrite(step.title, 0, tuple(step.refused), before, before))
             continue
-        _stamp(model, there, step.title)
+        _stamp(model, there, names, step.title)
         passes.IdentityEliminationPass()(model)
         passes.RemoveUnusedNodesPass()(model)
         found = _with_shapes(ir.to_proto(model))
@@ -132,15 +133,23 @@ def optimize(proto: onnx.ModelProto, without: Collection[str] = (),
     return proto, reports
 
 
-def _stamp(model: ir.Model, there: Collection[ir.Node], title: str) -> None:
-    """Say on each new node which rewrite made it.
+def _stamp(model: ir.Model, there: Collection[ir.Node], names: Collection[str | None], title: str) -> None:
+    """Say on each new node which rewrite made it, and give new values names that no other value ever has.
 
-    onnxscript does so too, but appends to what it finds: megabytes after some rewrites of rewritten nodes.
+    onnxscript tags nodes too, but appends to what it finds: megabytes after some rewrites of rewritten nodes. Values
+    that are new get the next number that is free, which may have been that of a value that is gone: whoever knows
+    something of that one, such as its range, would take it for this one.
     """
+    count = 0
     for node in model.graph:
-        if node not in there:
-            node.metadata_props.clear()
-            node.metadata_props[RULE_TAG] = title
+        if node in there:
+            continue
+        node.metadata_props.clear()
+        node.metadata_props[RULE_TAG] = title
+        for value in node.outputs:
+            if value.name not in names and PLANE not in str(value.name) and not value.is_graph_output():
+                value.name = f"{title}/{count}"
+                count += 1
 
 
 def require_rules(names: Collection[str]) -> None:

@@ -44,7 +44,7 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, pr
     that does not grow with their number. An interrupted calibration goes on where it stopped. `dcformer retention`
     shows how well the new graphs keep the answers.
     """
-    from ...calibration.add_precisions import ADDED, CALIBRATION_FILE, Choice, add_precisions
+    from ...calibration.add_precisions import ADDED, Choice, add_precisions, bundle_record
     from ...calibration.calibrate import image_graph, observe
     from ...calibration.record import model_digest, read_record, write_record
     from ...calibration.scales import require_method
@@ -68,10 +68,8 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, pr
             if cache is not None:
                 write_record(cache, record)
         else:
-            known = cache or bundle / CALIBRATION_FILE
-            if cache is None and not known.exists():
-                raise InputError(f"{bundle}: nothing was observed of it yet; pass --data DIR (or --cache FILE)")
-            record = read_record(known, model_digest(image_graph(opened)[1]))
+            proto = image_graph(opened)[1]
+            record = bundle_record(opened, proto) if cache is None else read_record(cache, model_digest(proto))
         manifest = add_precisions(opened, record, Choice(names, method, depthwise), display)
     if as_json:
         print_json(json.loads(manifest.to_json())["conversions"])

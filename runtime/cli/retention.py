@@ -14,9 +14,6 @@ from ..model import Model
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress, warn_if_untrained
 
-#: Scans whose activations are compared layer by layer.
-_NOISE_SCANS = 2
-
 
 @click.command("retention")
 @bundle_argument
@@ -53,7 +50,7 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
     identity = {"retention": opened.manifest.digest, "dataset": str(data.resolve()), "backend": backend}
     with progress(len(scans)) as display, open_state(state or state_path(identity), fresh=False) as kept:
         found = compare(models, scans, kept, display,
-                        lambda name: graph_noise(opened, name, scans[:_NOISE_SCANS], thread_count),
+                        lambda name, some: graph_noise(opened, name, some, thread_count),
                         {"bundle": str(bundle), "dataset": str(data)})
     paths = write_report(found, out) if out is not None else []
     for text in found.failed:

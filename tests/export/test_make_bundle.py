@@ -48,8 +48,8 @@ def test_graphs_are_valid_and_their_axes_are_named(pristine_bundle: Path):
 def test_each_back_end_runs_the_graph_made_for_it(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of rules that are measured, ONNX Runtime keeps the first here, OpenVINO none."""
     def compare(self, before, after, sides=None):
-        pays = not sides and self._options.backend == "onnxruntime" and len(after.graph.node) > 2 * len(before.graph.node)
-        return Timing(2.0, 1.0 if pays else 3.0, "here")
+        grows = not sides and len(after.graph.node) > 2 * len(before.graph.node)
+        return Timing(2.0, 1.0 if grows and self._options.backend == "onnxruntime" else 3.0, "here")
 
     monkeypatch.setattr(write_graphs.Stopwatch, "compare", compare)
     options = ExportOptions(tokenizer=None, targets=("onnxruntime", "openvino", "any"))
@@ -199,7 +199,9 @@ def test_fused_attention_is_compared_with_pytorch(checkpoint: Path, tokenizer_fo
     assert seen[-1] == {"batch": 36, "sequence": 12}
     assert [g.file for g in manifest.graphs] == ["image.fp32.onnx", "text.fp32.onnx", "text.fp32.onnxruntime.onnx"]
     fused = onnx.load(tmp_path / "bundle" / "text.fp32.onnxruntime.onnx").graph
-    assert [node.op_type for node in fused.node].count("MultiHeadAttention") == 2
+    plain = onnx.load(tmp_path / "bundle" / "text.fp32.onnx").graph
+    layers = [node.op_type for node in plain.node].count("Softmax")
+    assert [node.op_type for node in fused.node].count("MultiHeadAttention") == layers > 0
     assert not any(node.op_type == "Softmax" for node in fused.node)
     found = [a for a in manifest.agreement if a.graph == "text.fp32.onnxruntime.onnx"]
     assert {a.input for a in found} == {"random", "prompts"}

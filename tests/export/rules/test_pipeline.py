@@ -8,9 +8,10 @@ import onnxruntime
 import pytest
 
 from dcformer_deploy.export.checkpoints import read_checkpoint
-from dcformer_deploy.export.rules.pipeline import RULE_NAMES, RULE_TAG, optimize
+from dcformer_deploy.export.rules.pipeline import MEASURED, RULE_NAMES, RULE_TAG, optimize
 from dcformer_deploy.export.trace import trace_image_tower
 from dcformer_deploy.runtime import InputError, Model
+from dcformer_deploy.runtime.manifest import TensorInfo
 from dcformer_deploy.runtime.volume import image_feeds
 from golden import inputs, relative_error
 from graphs import EXACT
@@ -23,8 +24,6 @@ def traced(checkpoint: Path) -> onnx.ModelProto:
 
 
 def _outputs(proto: onnx.ModelProto, volumes: np.ndarray) -> list[np.ndarray]:
-    from dcformer_deploy.runtime.manifest import TensorInfo
-
     read = [TensorInfo(value.name, "float32", tuple(axis.dim_param or axis.dim_value
                                                     for axis in value.type.tensor_type.shape.dim))
             for value in proto.graph.input]
@@ -81,3 +80,28 @@ def test_nothing_is_left_over(traced: onnx.ModelProto):
 def test_unknown_rule_is_refused(traced: onnx.ModelProto):
     with pytest.raises(InputError, match="rewrite rule 'line_imput': unknown; did you mean"):
         optimize(traced, ["line_imput"])
+
+
+def test_names_of_values_that_are_gone_are_not_given_again(traced: onnx.ModelProto):
+    """What calibration knows of a value, it knows by its name in the graph before the measured rules."""
+    before, _ = optimize(traced, MEASURED)
+    image, *_ = inputs()
+    after, _ = optimize(before, [name for name in RULE_NAMES if name not in MEASURED])
+    shared = [name for node in after.graph.node for name in node.output
+              if name in {old for other in before.graph.node for old in other.output}]
+    assert len(shared) > 20
+    found = []
+    for proto in (before, after):
+        kinds = {value.name: value for value in (*proto.graph.value_info, *proto.graph.output)}
+        chosen = [name for name in shared if kinds[name].type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+        whole = onnx.ModelProto()
+        whole.CopyFrom(proto)
+        known = {value.name for value in proto.graph.output}
+        whole.graph.output.extend(kinds[name] for name in chosen if name not in known)
+        session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+        read = [TensorInfo(value.name, "float32", tuple(axis.dim_param or axis.dim_value
+                                                        for axis in value.type.tensor_type.shape.dim))
+                for value in proto.graph.input]
+        found.append(session.run(chosen, image_feeds(read, image[:1, 0])))
+    for name, a, b in zip(chosen, *found, strict=True):
+        assert relative_error(a.reshape(-1), b.reshape(-1)) < EXACT, name

@@ -1,0 +1,170 @@
+"""dcformer calibrate: what it adds, what it remembers, interruptions, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from dcformer_deploy.calibration import calibrate as module
+from dcformer_deploy.calibration.observe import Observer, activation_bytes, split_by_bytes
+from dcformer_deploy.calibration.record import model_digest, read_record
+from dcformer_deploy.runtime import load
+from dcformer_deploy.runtime.bundle import open_bundle
+from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.files import cache_folder
+from dcformer_deploy.runtime.volume import image_feeds
+
+
+@pytest.fixture
+def copy(pristine_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine_bundle, tmp_path / "bundle"))
+
+
+def refuse(capsys: pytest.CaptureFixture[str], message: str, *arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_bundle_has_the_graphs_and_is_intact(calibrated: Path, pristine_bundle: Path, capsys):
+    manifest = open_bundle(calibrated).manifest
+    found = {(graph.role, graph.precision) for graph in manifest.graphs}
+    assert found == {(role, precision) for role in ("image", "text") for precision in ("fp32", "fp16", "int8")}
+    by_precision = {conversion.precision: conversion for conversion in manifest.conversions}
+    assert (by_precision["int8"].layers, by_precision["int8"].method, by_precision["int8"].scans) == (18, "minmax", 3)
+    assert by_precision["fp16"].data == by_precision["int8"].data
+    assert [g for g in manifest.graphs if g.precision == "fp32"] == list(open_bundle(pristine_bundle).manifest.graphs)
+    assert {record.path for record in manifest.files} == {p.name for p in calibrated.iterdir()} - {"manifest.json"}
+    assert main(["inspect", str(calibrated)]) == 0
+    assert "Precisions" in capsys.readouterr().out
+
+
+def test_int8_answers_are_near(calibrated: Path, scans: Path):
+    """Of the features: with random weights, codes are too near to each other to survive."""
+    scan = scans / "b.nii.gz"
+    models = [load(calibrated, precision=name) for name in ("fp32", "int8")]
+    exact, found = (m.image_outputs(m.preprocess(scan)[None], ["feature_map"])["feature_map"] for m in models)
+    noise = float(((found - exact) ** 2).sum() / (exact**2).sum())
+    assert 1e-6 < noise < 1e-2
+
+
+def test_other_methods_from_what_was_observed(calibrated: Path, tmp_path: Path, capsys):
+    bundle = Path(shutil.copytree(calibrated, tmp_path / "bundle"))
+    before = (bundle / "image.int8.onnx").read_bytes()
+    assert main(["calibrate", str(bundle), "--method", "mse", "--precision", "int8", "--json"]) == 0
+    conversions = json.loads(capsys.readouterr().out)
+    assert {c["precision"]: c["method"] for c in conversions} == {"fp16": None, "int8": "mse"}
+    assert (bundle / "image.int8.onnx").read_bytes() != before
+    assert main(["calibrate", str(bundle), "--method", "minmax", "--precision", "int8"]) == 0
+    assert (bundle / "image.int8.onnx").read_bytes() == before
+
+
+def test_cache_of_its_own(copy: Path, scans: Path, tmp_path: Path, calibrated: Path):
+    cache = tmp_path / "cache.json"
+    assert main(["calibrate", str(copy), "--data", str(scans), "--samples", "3", "--precision", "int8", "--cache",
+                 str(cache)]) == 0
+    assert cache.read_text() == (calibrated / "calibration.json").read_text()
+    again = Path(shutil.copytree(copy, tmp_path / "again"))
+    assert main(["calibrate", str(again), "--cache", str(cache), "--precision", "int8"]) == 0
+    assert open_bundle(again).manifest.files == open_bundle(copy).manifest.files
+
+
+def test_observations_are_those_of_all_activations_at_once(calibrated: Path, scans: Path):
+    """Group by group under a small budget, against one session with every output."""
+    bundle = open_bundle(calibrated)
+    proto = onnx.load(calibrated / "image.fp32.onnx")
+    record = read_record(calibrated / "calibration.json", model_digest(proto))
+    assert set(record.scans) <= {path.name for path in scans.iterdir()} and len(record.scans) == 3
+    model = load(calibrated)
+    everything = onnx.ModelProto()
+    everything.CopyFrom(proto)
+    names = list(activation_bytes(proto))
+    known = {output.name for output in proto.graph.output}
+    kinds = {value.name: value for value in proto.graph.value_info}
+    everything.graph.output.extend(kinds[name] for name in names if name not in known)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = onnxruntime.InferenceSession(everything.SerializeToString(), options)
+    observer = Observer(proto, names, 2, budget_bytes=1 << 20)
+    lows = dict.fromkeys(names, np.inf)
+    for name in record.scans:
+        feeds = image_feeds(bundle.manifest.graphs[0].inputs, model.preprocess(scans / name)[None])
+        observer.observe(feeds)
+        for key, values in zip(names, session.run(names, feeds), strict=True):
+            lows[key] = min(lows[key], float(values.min()))
+    assert {key: observer.histograms[key].low for key in names} == pytest.approx(lows, rel=1e-4, abs=1e-5)
+    assert {key: record.histograms[key].low for key in names} == pytest.approx(lows, rel=1e-4, abs=1e-5)
+
+
+def test_groups_stay_within_the_budget():
+    sizes = {"a": 5, "b": 4, "c": 12, "d": 1, "e": 9}
+    assert split_by_bytes(sizes, 10) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+def test_interrupted_calibration_goes_on(copy: Path, scans: Path, monkeypatch: pytest.MonkeyPatch, calibrated: Path):
+    seen = []
+    observe = Observer.observe
+
+    def interrupted(self, feeds):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(1)
+        observe(self, feeds)
+
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    monkeypatch.setattr(Observer, "observe", interrupted)
+    arguments = ["calibrate", str(copy), "--data", str(scans), "--samples", "3"]
+    assert main(arguments) == 130
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    monkeypatch.setattr(Observer, "observe", lambda self, feeds: (seen.append(1), observe(self, feeds)))
+    assert main(arguments) == 0
+    assert len(seen) == 3
+    assert (copy / "calibration.json").read_text() == (calibrated / "calibration.json").read_text()
+    assert not list((cache_folder() / "calibrate").iterdir())
+
+
+def test_unreadable_scans_are_replaced(copy: Path, scans: Path, tmp_path: Path, capsys):
+    folder = Path(shutil.copytree(scans, tmp_path / "scans"))
+    (folder / "a.nii.gz").write_bytes(b"no gzip")
+    assert main(["calibrate", str(copy), "--data", str(folder), "--samples", "3", "--precision", "int8"]) == 0
+    assert "left out: " in capsys.readouterr().err
+    assert open_bundle(copy).manifest.conversions[0].scans == 3
+    refuse(capsys, "only 3 of the 4 scans can be read, but 4 were asked for; pass --samples 3",
+           "calibrate", copy, "--data", folder, "--samples", 4)
+
+
+def test_refusals(copy: Path, scans: Path, tmp_path: Path, capsys, calibrated: Path):
+    refuse(capsys, "nothing was observed of it yet; `dcformer calibrate", "calibrate", copy)
+    refuse(capsys, "4 scans, but 64 were asked for; pass --samples 4", "calibrate", copy, "--data", scans)
+    refuse(capsys, "no .nii or .nii.gz volume below it", "calibrate", copy, "--data", copy)
+    refuse(capsys, "no such folder", "calibrate", copy, "--data", tmp_path / "none")
+    refuse(capsys, "method 'entrop': unknown; did you mean 'entropy'", "calibrate", copy, "--data", scans, "--method",
+           "entrop")
+    refuse(capsys, "--precision 'int4': expected some of fp16, int8", "calibrate", copy, "--precision", "int4")
+    (tmp_path / "c.json").write_text("{}")
+    refuse(capsys, "c.json: not a calibration cache", "calibrate", copy, "--cache", tmp_path / "c.json")
+    other = json.loads((calibrated / "calibration.json").read_text())
+    other["model"] = "0" * 64
+    (tmp_path / "o.json").write_text(json.dumps(other))
+    refuse(capsys, "o.json: made for another model (000000000000", "calibrate", copy, "--cache", tmp_path / "o.json")
+    name = next(iter(other["activations"]))
+    other["model"] = json.loads((calibrated / "calibration.json").read_text())["model"]
+    other["activations"][name]["finite"] = False
+    (tmp_path / "n.json").write_text(json.dumps(other))
+    refuse(capsys, "holds NaN or infinite values on the calibration scans", "calibrate", copy, "--cache",
+           tmp_path / "n.json", "--precision", "int8")
+    refuse(capsys, "no image tower in int8; `dcformer calibrate` adds it", "embed", copy, scans / "a.nii.gz", "--out",
+           tmp_path / "e.npz", "--precision", "int8")
+    assert open_bundle(copy).manifest.conversions == ()
+
+
+def test_digest_of_a_model_is_that_of_its_weights(copy: Path):
+    first = model_digest(module.image_graph(open_bundle(copy))[1])
+    proto = onnx.load(copy / "image.fp32.onnx")
+    proto.graph.initializer[0].raw_data = b"\1" * len(proto.graph.initializer[0].raw_data)
+    assert first != model_digest(proto)
