@@ -24,12 +24,14 @@ demo: $(READY)
 # Latency and memory at the published size, 512x512x256, where weights do not matter; loading and file to scores on a
 # phantom of clinical resolution.
 bench: $(READY)
+	$(BIN)/dcformer phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/clinical --force
 	for encoder in nano tiny; do \
 	  $(BIN)/dcformer export --encoder dcformer-$$encoder --random-weights 0 --out demo/untrained-$$encoder --force \
 	    --target onnxruntime --target openvino --show-rewrites || exit; done
 	$(BIN)/dcformer bench demo/untrained-nano --against torch,onnx-naive,openvino-naive,openvino,openvino-bf16
+	$(BIN)/dcformer calibrate demo/untrained-nano --data demo/clinical --samples 1 --precision int8
+	$(BIN)/dcformer bench demo/untrained-nano --against openvino,openvino-bf16,openvino-int8,onnxruntime-int8
 	$(BIN)/dcformer bench demo/untrained-tiny --against torch,onnx-naive,openvino-naive,openvino,openvino-bf16 --runs 5
-	$(BIN)/dcformer phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/clinical --force
 	$(BIN)/dcformer bench demo/untrained-nano --scan $(CLINICAL) --load-only
 	$(BIN)/dcformer bench demo/untrained-nano --scan $(CLINICAL) --against torch,openvino
 	$(BIN)/dcformer bench demo/untrained-tiny --scan $(CLINICAL) --against torch,openvino --runs 5
