@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ..export.graph_files import WeightsFile, describe_graph
 from ..export.rules.measured import Stopwatch
@@ -20,11 +22,12 @@ from ..runtime.files import atomic_folder
 from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Manifest
 from ..runtime.volume import image_feeds
 from .calibrate import image_graph
+from .compensate import Correlations, Rounding, half_rounding, integer_rounding, replace_weights
 from .half import Half, to_half
-from .layers import Layer, group_name, reads_stacked_planes
-from .quantize import quantize, quantize_weights
+from .layers import Layer, group_name, quantizable_layers, reads_stacked_planes
+from .quantize import quantize, quantize_weights, weight_scales
 from .record import Record, model_digest, read_record, write_record
-from .scales import threshold
+from .scales import LEVELS, threshold
 
 CALIBRATION_FILE = "calibration.json"
 #: Share of the signal's energy by which back ends may differ on one graph: 20 dB.
@@ -79,8 +82,13 @@ def thresholds_of(record: Record, method: str) -> dict[str, float]:
     return found
 
 
-def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stages) -> Manifest:
+def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stages,
+                   correlations: Correlations | None = None) -> Manifest:
     """Make the graphs and replace the bundle by one that has them, or leave it as it is.
+
+    Args:
+        correlations: of the scans of ``record``, where these were at hand: weights are then rounded so that errors make
+            up for each other, else to the nearest.
 
     Raises:
         InputError: a graph with no layer that INT8 could hold; activations that cannot be quantized.
@@ -94,7 +102,7 @@ def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stag
         for precision in choice.precisions:
             display.stage(f"writing {precision}")
             make = {"fp16": _add_half, "int8": _add_int8}[precision]
-            added, conversion = make(bundle, record, choice, folder)
+            added, conversion = make(bundle, record, choice, folder, correlations)
             for graph in added:
                 _require_finite(folder, graph, old)
             graphs += added
@@ -125,14 +133,24 @@ def _text_graph(bundle: Bundle) -> onnx.ModelProto | None:
     return None if graph is None else onnx.load(bundle.path(graph.file))
 
 
-def _add_half(bundle: Bundle, record: Record, choice: Choice, folder: Path) -> tuple[list[Graph], Conversion]:
+def _add_half(bundle: Bundle, record: Record, choice: Choice, folder: Path,
+              correlations: Correlations | None) -> tuple[list[Graph], Conversion]:
     del choice
     _, image = image_graph(bundle)
+    if correlations is not None:
+        image = replace_weights(image, correlations.rounded(half_rounding))
     half = to_half(image, {name: histogram.largest for name, histogram in record.histograms.items()})
     graphs = [_save(half.proto, folder, "image", "fp16")]
     if (text := _text_graph(bundle)) is not None:
         graphs.append(_save(to_half(text).proto, folder, "text", "fp16"))
-    return graphs, Conversion("fp16", None, len(record.scans), record.data, 0, _reasons(half))
+    return graphs, Conversion("fp16", None, len(record.scans), record.data, 0,
+                              (_rounded_how(correlations), *_reasons(half)))
+
+
+def _rounded_how(correlations: Correlations | None) -> str:
+    if correlations is None:
+        return "weights rounded to the nearest, as no scans were at hand"
+    return "weights rounded so that errors make up for each other on the scans"
 
 
 def _reasons(half: Half) -> tuple[str, ...]:
@@ -140,10 +158,14 @@ def _reasons(half: Half) -> tuple[str, ...]:
     return (*texts, *(f"{name} reaches {value:.3g}, kept in float32" for name, value in half.overflow.items()))
 
 
-def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path) -> tuple[list[Graph], Conversion]:
+def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path,
+              correlations: Correlations | None) -> tuple[list[Graph], Conversion]:
     limits = thresholds_of(record, choice.method)
     _, image = image_graph(bundle)
-    found = quantize(image, limits, choice.keep)
+    scales: dict[str, NDArray[np.float64]] = {}
+    if correlations is not None:
+        image, scales = _compensated(image, limits, choice, correlations)
+    found = quantize(image, limits, choice.keep, scales)
     weights = WeightsFile(folder / "image.int8.weights")
     graphs = [_save(found.proto, folder, "image", "int8", weights=weights)]
     for form in bundle.manifest.graphs:
@@ -156,8 +178,23 @@ def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path) -> t
                 graphs.append(graph)
     if (text := _text_graph(bundle)) is not None:
         graphs.append(_save(to_half(quantize_weights(text)).proto, folder, "text", "int8"))
-    return graphs, Conversion("int8", choice.method, len(record.scans), record.data, found.layers,
-                              (*(f"{name}: float, by choice" for name in choice.floats), *found.left))
+    notes = (_rounded_how(correlations), *(f"{name}: float, by choice" for name in choice.floats), *found.left)
+    return graphs, Conversion("int8", choice.method, len(record.scans), record.data, found.layers, notes)
+
+
+def _compensated(image: onnx.ModelProto, limits: Mapping[str, float], choice: Choice,
+                 correlations: Correlations) -> tuple[onnx.ModelProto, dict[str, NDArray[np.float64]]]:
+    """The graph with weights on INT8's grid where they will be INT8, and the grid's steps."""
+    layers = quantizable_layers(ir.from_proto(image).graph)
+    scales = {layer.weight_name: weight_scales(layer) for layer in layers
+              if not choice.keep(layer) and limits.get(str(layer.x.name), 0.0) > 0}
+
+    def rounding(layer: Layer) -> Rounding | None:
+        steps = scales.get(layer.weight_name)
+        return None if steps is None else integer_rounding(steps, LEVELS)
+
+    new = correlations.rounded(rounding)
+    return replace_weights(image, new), {name: scales[name] for name in new}
 
 
 def _save(proto: onnx.ModelProto, folder: Path, role: str, precision: str, target: str = ANY_TARGET,

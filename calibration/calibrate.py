@@ -15,6 +15,7 @@ from ..runtime.cli.output import Stages
 from ..runtime.errors import BundleError, DcformerWarning, InputError
 from ..runtime.manifest import Graph
 from ..runtime.volume import ReadOptions, read_scan, scan_feeds
+from .compensate import Correlations
 from .layers import quantizable_layers
 from .observe import BUDGET_BYTES, Observer
 from .record import Record, model_digest, read_record, write_record
@@ -38,7 +39,7 @@ def image_graph(bundle: Bundle) -> tuple[Graph, onnx.ModelProto]:
 
 
 def observe(bundle: Bundle, samples: Sequence[Sample], count: int, cache: Path, options: Options, display: Stages,
-            budget_bytes: int = BUDGET_BYTES) -> Record:
+            budget_bytes: int = BUDGET_BYTES) -> tuple[Record, Correlations]:
     """Run ``count`` of the samples through the image tower and write what was seen to ``cache``.
 
     The file grows with every scan, under a name of its own until the last; an interrupted calibration of the same scans
@@ -54,7 +55,7 @@ def observe(bundle: Bundle, samples: Sequence[Sample], count: int, cache: Path, 
     detailed = [str(layer.x.name) for layer in quantizable_layers(ir.from_proto(proto).graph)]
     observer = Observer(proto, detailed, options.thread_count, budget_bytes)
     unfinished = cache.with_name(cache.name + _UNFINISHED)
-    done = _resume(unfinished, digest, samples, observer)
+    done = _resume(unfinished, digest, samples, observer, proto)
     for sample in samples:
         if len(done) == count:
             break
@@ -72,6 +73,7 @@ def observe(bundle: Bundle, samples: Sequence[Sample], count: int, cache: Path, 
             continue
         observer.observe(feeds)
         done.append(sample.path)
+        observer.correlations.save(_correlations_of(unfinished))
         write_record(unfinished, _record(digest, done, observer))
         display.advance()
     if len(done) < count:
@@ -79,26 +81,35 @@ def observe(bundle: Bundle, samples: Sequence[Sample], count: int, cache: Path, 
                          f"--samples {len(done)}" if done else f"none of the {len(samples)} scans can be read")
     record = _record(digest, done, observer)
     write_record(cache, record)
-    unfinished.unlink(missing_ok=True)
-    return record
+    for path in (unfinished, _correlations_of(unfinished)):
+        path.unlink(missing_ok=True)
+    return record, observer.correlations
+
+
+def _correlations_of(unfinished: Path) -> Path:
+    return unfinished.with_name(unfinished.name + ".npz")
 
 
 def _record(digest: str, done: Sequence[Path], observer: Observer) -> Record:
     return Record(digest, tuple(path.name for path in done), data_digest(done), observer.histograms)
 
 
-def _resume(unfinished: Path, digest: str, samples: Sequence[Sample], observer: Observer) -> list[Path]:
+def _resume(unfinished: Path, digest: str, samples: Sequence[Sample], observer: Observer,
+            proto: onnx.ModelProto) -> list[Path]:
     """Take over what an interrupted calibration of these scans saw; returns their files."""
     if not unfinished.exists():
         return []
     try:
         record = read_record(unfinished, digest)
+        observer.correlations.load(_correlations_of(unfinished))
     except InputError:
         unfinished.unlink()  # of another model, or cut off: observed anew
+        observer.correlations = Correlations.of(proto)
         return []
     names = {sample.path.name: sample.path for sample in samples}
     done = [names[name] for name in record.scans if name in names]
     if len(done) != len(record.scans) or data_digest(done) != record.data:
+        observer.correlations = Correlations.of(proto)
         return []
     observer.histograms.update(record.histograms)
     return done

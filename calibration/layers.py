@@ -33,6 +33,13 @@ class Layer:
         return value
 
     @property
+    def weight_name(self) -> str:
+        """Of the weight."""
+        value = self.node.inputs[1]
+        assert value is not None
+        return str(value.name)
+
+    @property
     def weight(self) -> NDArray[np.float32]:
         """Its weight."""
         return weight_of(self.node)
@@ -45,13 +52,19 @@ def quantizable_layers(graph: ir.Graph) -> list[Layer]:
     5 HU); what comes after a choice between codes (its result is no longer an activation) or after the mean over all
     tokens (a handful of numbers that decide everything); products of two activations.
     """
-    behind_weights, behind_head = _reached(graph)
+    behind_weights, _ = _reached(graph)
+    return [layer for layer in weighted_layers(graph) if layer.x in behind_weights]
+
+
+def weighted_layers(graph: ir.Graph) -> list[Layer]:
+    """All convolutions and products with constant weights before the head, but for those that only move numbers."""
+    _, behind_head = _reached(graph)
     layers = []
     for node in graph:
         if node.op_type not in _WEIGHTED or not _has_weight(node) or node in behind_head:
             continue
         weight = weight_of(node)
-        if node.inputs[0] not in behind_weights or weight.ndim < 2:
+        if weight.ndim < 2 or (node.op_type == "Conv" and _copies(weight)):
             continue
         groups = node.attributes.get_int("group", 1)
         if groups > 1 and weight.shape[1] > 1:

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..runtime.backends.onnxruntime import import_onnxruntime
+from .compensate import Correlations
 from .histogram import Histogram
 
 #: Bytes of activations that are asked for at once, for one volume.
@@ -37,14 +38,19 @@ class Observer:
         self._detailed = set(detailed)
         self.histograms = {name: Histogram() for name in sizes}
         self._groups = split_by_bytes(sizes, budget_bytes)
+        self.correlations = Correlations.of(proto)
+        self._random = np.random.default_rng(0)
         self._sessions = [open_part(proto, group, threads) for group in self._groups]
 
     def observe(self, feeds: Mapping[str, NDArray[np.float32]]) -> None:
         """Add what the graph makes of one scan."""
+        for name, values in feeds.items():
+            self.correlations.update(name, values, self._random)
         for group, session in zip(self._groups, self._sessions, strict=True):
             wanted = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
             for name, values in zip(group, session.run(group, wanted), strict=True):
                 self.histograms[name].update(values, name in self._detailed)
+                self.correlations.update(name, values, self._random)
                 del values
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 from onnx_ir.tape import Tape
 
@@ -33,18 +34,20 @@ class Quantized:
 
 
 def quantize(proto: onnx.ModelProto, thresholds: Mapping[str, float],
-             keep: Callable[[Layer], bool] = lambda layer: layer.depthwise) -> Quantized:
+             keep: Callable[[Layer], bool] = lambda layer: layer.depthwise,
+             scales: Mapping[str, NDArray[np.float64]] | None = None) -> Quantized:
     """Write INT8 into a graph.
 
     Args:
         thresholds: magnitude that becomes 127, by the activation's name in the graph that is not streamed.
         keep: layers that stay float; by default depthwise ones, whose INT8 kernels are often slower.
+        scales: of weights, by name and output channel; others get ``weight_scales``.
 
     Raises:
         InputError: no layer could be quantized.
     """
     model = ir.from_proto(proto)
-    quantizer = _Quantizer(model, thresholds)
+    quantizer = _Quantizer(model, thresholds, scales or {})
     left: dict[str, None] = {}
     count = 0
     for layer in quantizable_layers(model.graph):
@@ -68,7 +71,7 @@ def quantize_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
         InputError: no weight could be quantized.
     """
     model = ir.from_proto(proto)
-    quantizer = _Quantizer(model, {})
+    quantizer = _Quantizer(model, {}, {})
     layers = quantizable_layers(model.graph)
     for layer in layers:
         quantizer.apply_to_weight(layer)
@@ -85,9 +88,18 @@ def _finished(model: ir.Model) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
 
 
+def weight_scales(layer: Layer) -> NDArray[np.float64]:
+    """By output channel, so that the largest magnitude is 127 steps; as float32 holds it."""
+    array = np.abs(layer.weight.astype(np.float64))
+    others = tuple(axis for axis in range(array.ndim) if axis != layer.axis)
+    largest = np.maximum(array.max(axis=others), np.finfo(np.float32).tiny * LEVELS)
+    return (largest / LEVELS).astype(np.float32).astype(np.float64)
+
+
 class _Quantizer:
-    def __init__(self, model: ir.Model, thresholds: Mapping[str, float]) -> None:
-        self._graph, self._thresholds = model.graph, thresholds
+    def __init__(self, model: ir.Model, thresholds: Mapping[str, float],
+                 scales: Mapping[str, NDArray[np.float64]]) -> None:
+        self._graph, self._thresholds, self._given = model.graph, thresholds, scales
         self._rounded: dict[tuple[ir.Value, float], ir.Value] = {}
         self._weights: dict[ir.Value, ir.Value] = {}
         self._scales: dict[float, ir.Value] = {}
@@ -146,8 +158,8 @@ class _Quantizer:
 
     def _integer_weight(self, layer: Layer, weight: ir.Value) -> ir.Value:
         array = layer.weight.astype(np.float64)
-        others = tuple(axis for axis in range(array.ndim) if axis != layer.axis)
-        scales = np.maximum(np.abs(array).max(axis=others), np.finfo(np.float32).tiny * LEVELS) / LEVELS
+        scales = self._given.get(layer.weight_name)
+        scales = weight_scales(layer) if scales is None else scales
         shape = [-1 if axis == layer.axis else 1 for axis in range(array.ndim)]
         integers = np.clip(np.rint(array / scales.reshape(shape)), -LEVELS, LEVELS).astype(np.int8)
         tape = Tape()
@@ -169,7 +181,7 @@ class _Quantizer:
         return self._zero
 
     def _initializer(self, array: np.ndarray, name: str) -> ir.Value:
-        value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name),
+        value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array, order="C"), name=name),
                          shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
         self._graph.initializers[name] = value
         return value

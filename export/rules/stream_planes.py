@@ -226,7 +226,7 @@ class _Stream:
     def _constant(self, array: NDArray[np.generic]) -> ir.Value:
         key = (array.shape, array.dtype.str, array.tobytes())
         if key not in self._constants:
-            tensor = ir.tensor(np.ascontiguousarray(array), name=f"{TITLE}.{len(self._constants)}")
+            tensor = ir.tensor(np.asarray(array, order="C"), name=f"{TITLE}.{len(self._constants)}")
             self._constants[key] = self.tape.initializer(tensor)
         return self._constants[key]
 

@@ -63,14 +63,15 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, pr
             chosen = choose_samples(data, samples, split, given)
             identity = json.dumps([opened.manifest.digest, [str(s.path.resolve()) for s in chosen], str(given)])
             state = cache_folder() / "calibrate" / f"{hashlib.sha256(identity.encode()).hexdigest()[:20]}.json"
-            record = observe(opened, chosen, samples, state, options, display)
+            record, correlations = observe(opened, chosen, samples, state, options, display)
             state.unlink()
             if cache is not None:
                 write_record(cache, record)
         else:
-            proto = image_graph(opened)[1]
+            proto, correlations = image_graph(opened)[1], None
             record = bundle_record(opened, proto) if cache is None else read_record(cache, model_digest(proto))
-        manifest = add_precisions(opened, record, Choice(names, method, depthwise), display)
+        manifest = add_precisions(opened, record, Choice(names, method, depthwise), display,
+                                  correlations)
     if as_json:
         print_json(json.loads(manifest.to_json())["conversions"])
         return
