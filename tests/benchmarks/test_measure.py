@@ -71,12 +71,20 @@ def test_command(pristine_bundle: Path, capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.slow
 def test_everyone_computes_the_same(pristine_bundle: Path, checkpoint: Path, tmp_path: Path):
-    entrants = choose_entrants([name for name in NAMES if name != "openvino-bf16"],
-                               Field(pristine_bundle, checkpoint, 2), tmp_path)
+    exact = [name for name in NAMES if not name.endswith(("bf16", "int8"))]
+    entrants = choose_entrants(exact, Field(pristine_bundle, checkpoint, 2), tmp_path)
     report = measure(entrants, "dcformer-nano", SHAPE, 3)
-    assert [c.name for c in report.contenders] == [name for name in NAMES if name != "openvino-bf16"]
+    assert [c.name for c in report.contenders] == exact
     assert all(c.cosine == pytest.approx(1, abs=1e-6) for c in report.contenders[1:])
     assert {path.name for path in tmp_path.iterdir()} == {"naive", "openvino", "tokenizer"}
+
+
+def test_int8_needs_its_graph(pristine_bundle: Path, calibrated: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="--against openvino-int8: .* has no int8 graph; `dcformer calibrate` adds it"):
+        choose_entrants(["openvino-int8"], Field(pristine_bundle, None, 1), tmp_path)
+    chosen = choose_entrants(["openvino-int8"], Field(calibrated, None, 1), tmp_path)
+    assert [(entrant.name, entrant.job.precision) for entrant in chosen] == [
+        ("openvino-int8", "int8"), ("onnxruntime", "fp32")]
 
 
 def test_from_a_file_to_scores(capsys: pytest.CaptureFixture[str], pristine_bundle: Path, checkpoint: Path, ct: Path):
