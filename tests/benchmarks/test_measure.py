@@ -12,7 +12,7 @@ from dcformer_deploy.benchmarks import measure as module
 from dcformer_deploy.benchmarks.contenders import Entrant, Job
 from dcformer_deploy.benchmarks.entrants import NAMES, Field, choose_entrants
 from dcformer_deploy.benchmarks.measure import measure
-from dcformer_deploy.runtime import DcformerError
+from dcformer_deploy.runtime import DcformerError, InputError
 from dcformer_deploy.runtime.cli.app import main
 
 SHAPE = (64, 128, 128)
