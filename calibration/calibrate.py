@@ -53,7 +53,7 @@ def observe(bundle: Bundle, samples: Sequence[Sample], count: int, cache: Path, 
     spec = bundle.manifest.preprocessing
     digest = model_digest(proto)
     detailed = [str(layer.x.name) for layer in quantizable_layers(ir.from_proto(proto).graph)]
-    observer = Observer(proto, detailed, options.thread_count, budget_bytes)
+    observer = Observer(proto, detailed, options.thread_count, budget_bytes, correlates=True)
     unfinished = cache.with_name(cache.name + _UNFINISHED)
     done = _resume(unfinished, digest, samples, observer, proto)
     for sample in samples:

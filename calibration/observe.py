@@ -30,15 +30,16 @@ class Observer:
         proto: the graph, with its weights.
         detailed: names of activations whose magnitudes are counted; of the others only extremes are kept.
         threads: CPU threads.
+        correlates: also collect ``correlations`` of every layer's inputs; else they stay empty.
     """
 
     def __init__(self, proto: onnx.ModelProto, detailed: Collection[str], threads: int,
-                 budget_bytes: int = BUDGET_BYTES) -> None:
+                 budget_bytes: int = BUDGET_BYTES, correlates: bool = False) -> None:
         sizes = activation_bytes(proto)
         self._detailed = set(detailed)
         self.histograms = {name: Histogram() for name in sizes}
         self._groups = split_by_bytes(sizes, budget_bytes)
-        self.correlations = Correlations.of(proto)
+        self.correlations = Correlations.of(proto) if correlates else Correlations()
         self._random = np.random.default_rng(0)
         self._sessions = [open_part(proto, group, threads) for group in self._groups]
 
