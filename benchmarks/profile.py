@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backends import Options
+from ..runtime.backends.openvino import cpu_settings
 from ..runtime.bundle import open_bundle
 from ..runtime.machine import processor
 from ..runtime.model import load
@@ -120,9 +121,7 @@ def _openvino(path: Path, options: Options, feeds: Mapping[str, NDArray[Any]],
     core = openvino.Core()
     model = core.read_model(str(path))
     model.reshape({name: list(array.shape) for name, array in feeds.items()})
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.thread_count, "PERF_COUNT": True,
-                "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32"}
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    request = core.compile_model(model, "CPU", {**cpu_settings(options), "PERF_COUNT": True}).create_infer_request()
     for run in range(_WARM_UP + runs):
         request.infer(dict(feeds), share_inputs=True)
         for event in request.get_profiling_info() if run >= _WARM_UP else ():

@@ -21,17 +21,18 @@ from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import atomic_folder
 from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Manifest
 from ..runtime.volume import image_feeds
-from .calibrate import image_graph
+from .calibrate import image_graph, load_graph
 from .compensate import Correlations, Rounding, half_rounding, integer_rounding, replace_weights
 from .half import Half, to_half
 from .layers import Layer, group_name, quantizable_layers, reads_stacked_planes
 from .quantize import quantize, quantize_weights, weight_scales
 from .record import Record, model_digest, read_record, write_record
 from .scales import LEVELS, threshold
+from .sqnr import energy, signal_to_noise_db
 
 CALIBRATION_FILE = "calibration.json"
-#: Share of the signal's energy by which back ends may differ on one graph: 20 dB.
-_LARGEST_DIFFERENCE = 0.01
+#: Least signal over the difference of two back ends on one graph.
+_SMALLEST_AGREEMENT_DB = 20.0
 #: Precisions that calibration can add.
 ADDED = ("fp16", "int8")
 
@@ -101,8 +102,8 @@ def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stag
         graphs, conversions = list(kept), [c for c in old.conversions if c.precision not in choice.precisions]
         for precision in choice.precisions:
             display.stage(f"writing {precision}")
-            make = {"fp16": _add_half, "int8": _add_int8}[precision]
-            added, conversion = make(bundle, record, choice, folder, correlations)
+            added, conversion = (_add_half(bundle, record, folder, correlations) if precision == "fp16" else
+                                 _add_int8(bundle, record, choice, folder, correlations))
             for graph in added:
                 _require_finite(folder, graph, old)
             graphs += added
@@ -130,12 +131,11 @@ def _copy_files(bundle: Bundle, kept: Sequence[Graph], folder: Path) -> list[str
 
 def _text_graph(bundle: Bundle) -> onnx.ModelProto | None:
     graph = bundle.manifest.graph("text")
-    return None if graph is None else onnx.load(bundle.path(graph.file))
+    return None if graph is None else load_graph(bundle, graph)
 
 
-def _add_half(bundle: Bundle, record: Record, choice: Choice, folder: Path,
+def _add_half(bundle: Bundle, record: Record, folder: Path,
               correlations: Correlations | None) -> tuple[list[Graph], Conversion]:
-    del choice
     _, image = image_graph(bundle)
     if correlations is not None:
         image = replace_weights(image, correlations.rounded(half_rounding))
@@ -170,7 +170,7 @@ def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path,
     graphs = [_save(found.proto, folder, "image", "int8", weights=weights)]
     for form in bundle.manifest.graphs:
         if form.role == "image" and form.precision == "fp32" and form.target != ANY_TARGET:
-            fast = quantize(onnx.load(bundle.path(form.file)), limits,
+            fast = quantize(load_graph(bundle, form), limits,
                             lambda layer: choice.keep(layer) or reads_stacked_planes(layer)).proto
             if Stopwatch(Options(backend=form.target)).compare(found.proto, fast).is_faster:
                 graph = _save(fast, folder, "image", "int8", form.target, weights)
@@ -232,9 +232,8 @@ def _require_same_anywhere(folder: Path, graph: Graph, manifest: Manifest) -> No
     feeds = _random_feeds(graph, manifest)
     expected, found = (open_graph(folder / graph.file, Options(backend=name)).run(feeds, ["feature_map"])[0]
                        for name in ("onnxruntime", graph.target))
-    noise = float(np.square(found - expected, dtype=np.float64).sum())
-    signal = float(np.square(expected, dtype=np.float64).sum())
-    if not noise <= _LARGEST_DIFFERENCE * signal:
+    difference = signal_to_noise_db(energy(expected), energy(expected, found))
+    if not difference >= _SMALLEST_AGREEMENT_DB:
         raise CheckFailed(f"{graph.file}: {graph.target} computes something else than onnxruntime ("
-                          f"{10 * np.log10(signal / noise):.1f} dB); nothing was written. Calibrate a bundle that was "
+                          f"{difference:.1f} dB); nothing was written. Calibrate a bundle that was "
                           f"exported without --target {graph.target}")

@@ -40,7 +40,10 @@ Rounding = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 @dataclass
 class _Group:
-    """Layers that read one activation. ``moments`` [inputs, inputs], for depthwise layers [channels, taps, taps]."""
+    """Layers that read one activation and are added up.
+
+    ``moments`` [inputs, inputs], for depthwise layers [channels, taps, taps].
+    """
 
     layers: list[Layer]
     moments: NDArray[np.float64]
@@ -56,17 +59,15 @@ class Correlations:
     @staticmethod
     def of(proto: onnx.ModelProto) -> Correlations:
         """For the layers of a graph, with nothing seen yet."""
-        grouped: dict[tuple[str, bool], list[Layer]] = {}
+        branches: dict[tuple[ir.Value, ir.Value, bool], list[Layer]] = {}
         for layer in weighted_layers(ir.from_proto(proto).graph):
-            grouped.setdefault((str(layer.x.name), layer.depthwise), []).append(layer)
+            branches.setdefault((layer.x, _sum_with(layer.node.outputs[0]), layer.depthwise), []).append(layer)
         groups = {}
-        for (_, depthwise), layers in grouped.items():
-            # A product's weight is used once; convolutions of one input may be branches of a sum.
+        for (_, result, depthwise), layers in branches.items():
             inputs = sum(_matrix(layer).shape[1] for layer in layers)
-            if inputs > MOST_INPUTS or (len(layers) > 1 and layers[0].node.op_type != "Conv"):
-                continue
-            shape = (len(_matrix(layers[0])), inputs, inputs) if depthwise else (inputs, inputs)
-            groups[str(layers[0].node.outputs[0].name)] = _Group(layers, np.zeros(shape))
+            if inputs <= MOST_INPUTS:
+                shape = (len(_matrix(layers[0])), inputs, inputs) if depthwise else (inputs, inputs)
+                groups[f"{layers[0].x.name} to {result.name}"] = _Group(layers, np.zeros(shape))
         return Correlations(groups)
 
     def update(self, name: str, values: NDArray[np.float32], rng: np.random.Generator) -> None:
@@ -74,7 +75,7 @@ class Correlations:
         for group in self.groups.values():
             if group.layers[0].x.name != name:
                 continue
-            x = _inputs(group.layers, values.astype(np.float64), rng)
+            x = _inputs(group.layers, values, rng).astype(np.float64)
             if group.layers[0].depthwise:
                 group.moments += np.einsum("ntc,nsc->cts", x, x)
             else:
@@ -88,21 +89,25 @@ class Correlations:
             arrays = {f"moments/{name}": group.moments for name, group in self.groups.items()}
             np.savez(file, **arrays, **{f"count/{name}": np.array(g.count) for name, g in self.groups.items()})
 
-    def load(self, path: Path) -> None:
-        """Take over what ``save`` wrote for the same graph.
+    def read(self, path: Path) -> dict[str, tuple[NDArray[np.float64], int]]:
+        """What ``save`` wrote for the same graph, for ``take``.
 
         Raises:
             InputError: not such a file.
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
-                for name, group in self.groups.items():
-                    moments = stored[f"moments/{name}"]
-                    if moments.shape != group.moments.shape:
-                        raise ValueError(f"{name}: {moments.shape}")
-                    group.moments, group.count = moments, int(stored[f"count/{name}"])
+                found = {name: (stored[f"moments/{name}"], int(stored[f"count/{name}"])) for name in self.groups}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: damaged ({error})") from error
+        if any(moments.shape != self.groups[name].moments.shape for name, (moments, _) in found.items()):
+            raise InputError(f"{path}: of another graph")
+        return found
+
+    def take(self, stored: Mapping[str, tuple[NDArray[np.float64], int]]) -> None:
+        """Go on from what ``read`` found."""
+        for name, (moments, count) in stored.items():
+            self.groups[name].moments, self.groups[name].count = moments, count
 
     def rounded(self, rounding: Callable[[Layer], Rounding | None]) -> dict[str, NDArray[np.float32]]:
         """New weights by their names, for layers that were seen.
@@ -163,7 +168,14 @@ def _from_matrix(layer: Layer, matrix: NDArray[np.float64]) -> NDArray[np.float3
     return np.ascontiguousarray(new, np.float32)
 
 
-def _inputs(layers: Sequence[Layer], values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+def _sum_with(result: ir.Value) -> ir.Value:
+    """The sum of activations that a layer's result is part of and nothing else reads; else the result."""
+    while len(uses := list(result.uses())) == 1 and uses[0][0].op_type == "Add":
+        result = uses[0][0].outputs[0]
+    return result
+
+
+def _inputs(layers: Sequence[Layer], values: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """``[places, taps, channels]`` at random places of the output, zero outside the volume."""
     if layers[0].node.op_type != "Conv":
         rows = values.reshape(-1, values.shape[-1])

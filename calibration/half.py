@@ -31,13 +31,11 @@ class Half:
     overflow: dict[str, float]
 
 
-def to_half(proto: onnx.ModelProto, largest: Mapping[str, float] | None = None,
-            float_outputs: Collection[str] | None = None) -> Half:
-    """Convert weights, activations and inputs to FP16.
+def to_half(proto: onnx.ModelProto, largest: Mapping[str, float] | None = None) -> Half:
+    """Convert weights, activations and inputs to FP16; outputs stay float32.
 
     Args:
         largest: magnitudes of activations that were seen, by name; nodes that make or read too large ones stay float32.
-        float_outputs: outputs that stay float32; None = all.
     """
     # Here, because the converter is no part of the API that onnxruntime promises, and nothing else needs it.
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -51,8 +49,7 @@ def to_half(proto: onnx.ModelProto, largest: Mapping[str, float] | None = None,
     reasons = keep_float32(model.graph, overflow)
     outputs = [value.name for value in named.graph.output]
     converted = convert_float_to_float16(
-        named, keep_io_types=outputs if float_outputs is None else list(float_outputs), op_block_list=[],
-        node_block_list=list(reasons), disable_shape_infer=False)
+        named, keep_io_types=outputs, op_block_list=[], node_block_list=list(reasons), disable_shape_infer=False)
     found = ir.from_proto(converted)
     _remove_roundings(found)
     passes.RemoveUnusedNodesPass()(found)

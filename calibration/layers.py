@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,19 +53,22 @@ def quantizable_layers(graph: ir.Graph) -> list[Layer]:
     5 HU); what comes after a choice between codes (its result is no longer an activation) or after the mean over all
     tokens (a handful of numbers that decide everything); products of two activations.
     """
-    behind_weights, _ = _reached(graph)
-    return [layer for layer in weighted_layers(graph) if layer.x in behind_weights]
+    behind_weights, behind_head = _reached(graph)
+    return [layer for layer in _layers(graph, behind_head) if layer.x in behind_weights]
 
 
 def weighted_layers(graph: ir.Graph) -> list[Layer]:
     """All convolutions and products with constant weights before the head, but for those that only move numbers."""
-    _, behind_head = _reached(graph)
+    return _layers(graph, head_nodes(graph))
+
+
+def _layers(graph: ir.Graph, behind_head: Collection[ir.Node]) -> list[Layer]:
     layers = []
     for node in graph:
-        if node.op_type not in _WEIGHTED or not _has_weight(node) or node in behind_head:
+        if not _works(node) or node in behind_head:
             continue
         weight = weight_of(node)
-        if weight.ndim < 2 or (node.op_type == "Conv" and _copies(weight)):
+        if weight.ndim < 2:
             continue
         groups = node.attributes.get_int("group", 1)
         if groups > 1 and weight.shape[1] > 1:
@@ -85,9 +89,7 @@ def weight_of(node: ir.Node) -> NDArray[np.float32]:
 
 def layer_name(layer: Layer) -> str:
     """The module that a layer was, by the name of its weight."""
-    weight = layer.node.inputs[1]
-    assert weight is not None
-    return str(weight.name).split("/")[0].removesuffix(".weight")
+    return layer.weight_name.split("/")[0].removesuffix(".weight")
 
 
 def group_name(layer: Layer) -> str:
@@ -100,9 +102,10 @@ def source_name(value: ir.Value) -> str:
     return str(value.name).split(PLANE)[0]
 
 
-def _has_weight(node: ir.Node) -> bool:
-    value = node.inputs[1]
-    return value is not None and value.const_value is not None
+def _works(node: ir.Node) -> bool:
+    """Whether it has a constant weight and does more than move numbers."""
+    value = node.inputs[1] if node.op_type in _WEIGHTED else None
+    return value is not None and value.const_value is not None and not _copies(value.const_value.numpy())
 
 
 def _reached(graph: ir.Graph) -> tuple[set[ir.Value], set[ir.Node]]:
@@ -116,16 +119,15 @@ def _reached(graph: ir.Graph) -> tuple[set[ir.Value], set[ir.Node]]:
             head.add(node)
         if node in head or node.op_type == "ArgMax" or _is_mean_over_tokens(node):
             head_values.update(node.outputs)
-        works = node.op_type in _WEIGHTED and _has_weight(node) and not _copies(weight_of(node))
-        if works or any(value in weighted for value in inputs):
+        if _works(node) or any(value in weighted for value in inputs):
             weighted.update(node.outputs)
     return weighted, head
 
 
 def _copies(weight: NDArray[np.float32]) -> bool:
-    """Whether a kernel only moves numbers: a single 1 for every output channel, or nothing."""
+    """Whether a kernel over one channel only moves numbers: a single 1 for every output channel, or nothing."""
     rows = weight.reshape(len(weight), -1)
-    return bool((np.isin(rows, (0, 1))).all() and (rows.sum(axis=1) <= 1).all())
+    return weight.shape[1:2] == (1,) and bool(np.isin(rows, (0, 1)).all() and (rows.sum(axis=1) <= 1).all())
 
 
 def _is_mean_over_tokens(node: ir.Node) -> bool:
@@ -139,8 +141,8 @@ def _is_mean_over_tokens(node: ir.Node) -> bool:
 def reads_stacked_planes(layer: Layer) -> bool:
     """Whether it reads a volume that a streamed graph has put together from planes.
 
-    OpenVINO 2026.4 moves such a layer's QuantizeLinear before the stacking and gets other numbers (11 instead of 32 dB
-    of signal to noise on the demo model); all its other layers agree with ONNX Runtime.
+    OpenVINO 2026.4 moves such a layer's QuantizeLinear before the stacking and gets other numbers than ONNX Runtime
+    does from the same graph; on all other layers they agree.
     """
     return str(layer.x.name).endswith(PLANE)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Record:
 def model_digest(proto: onnx.ModelProto) -> str:
     """sha256 of a graph with its weights, whatever file they lie in."""
     return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+
+
+def data_digest(digests: Iterable[str]) -> str:
+    """sha256 over the sha256 of files, in their order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def write_record(path: Path, record: Record) -> None:

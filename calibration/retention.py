@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from ..benchmarks.evaluation.dataset import Tables, find_scans, has_labels, read_dataset
 from ..benchmarks.evaluation.metrics import Estimate, auroc_difference, classification
+from ..benchmarks.evaluation.run import read_ahead
 from ..benchmarks.evaluation.state import State, stamp
 from ..runtime.bundle import Bundle
 from ..runtime.cli.output import Stages
@@ -22,21 +19,13 @@ from ..runtime.machine import machine
 from ..runtime.manifest import Preprocessing, TensorInfo
 from ..runtime.model import Model
 from ..runtime.volume import ReadOptions, read_scan, scan_feeds
-from .calibrate import image_graph
+from .calibrate import image_graph, load_graph
+from .scans import Scan
 from .sqnr import LayerNoise, layer_noise
 
 REFERENCE = "fp32"
 #: Scans whose activations are compared layer by layer.
 NOISE_SCANS = 2
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A scan of the data set; ``labels`` empty where there are none."""
-
-    path: Path
-    labels: tuple[bool, ...]
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -92,27 +81,8 @@ class Retention:
         return {**rows, "about": about}
 
 
-def choose_scans(folder: Path, model: Model, split: str | None, limit: int | None) -> list[Scan]:
-    """Labelled scans if the folder has labels for the bundle's classes, else all.
-
-    Raises:
-        InputError: no scans.
-    """
-    task = model.manifest.zero_shot
-    if task is not None and folder.is_dir() and has_labels(folder, task.classes):
-        cases = read_dataset(folder, task.classes, Tables(), split)
-        found = [Scan(case.path, case.labels, _options(case.metadata)) for case in cases]
-    else:
-        found = [Scan(path, (), _options(metadata)) for path, metadata in find_scans(folder, split)]
-    return found[:limit]
-
-
-def _options(metadata: Path | None) -> dict[str, Any]:
-    return {} if metadata is None else {"metadata": metadata}
-
-
 def read_feeds(inputs: Sequence[TensorInfo], spec: Preprocessing, scans: Sequence[Scan], threads: int,
-               display: Stages) -> list[dict[str, NDArray[np.floating]]]:
+               on_scan: Callable[[str], None] = lambda _: None) -> list[dict[str, NDArray[np.floating]]]:
     """What an image tower reads of each scan.
 
     Raises:
@@ -120,7 +90,7 @@ def read_feeds(inputs: Sequence[TensorInfo], spec: Preprocessing, scans: Sequenc
     """
     feeds = []
     for scan in scans:
-        display.stage(scan.path.name)
+        on_scan(scan.path.name)
         feeds.append(scan_feeds(inputs, read_scan(scan.path, spec, ReadOptions(**scan.options)), spec, threads))
     return feeds
 
@@ -134,10 +104,8 @@ def graph_noise(opened: Bundle, precision: str, scans: Sequence[Scan], threads: 
     if graph is None:
         return ()
     reference, proto = image_graph(opened)
-    spec = opened.manifest.preprocessing
-    feeds = [scan_feeds(reference.inputs, read_scan(scan.path, spec, ReadOptions(**scan.options)), spec, threads)
-             for scan in scans]
-    return layer_noise(proto, onnx.load(opened.path(graph.file)), feeds, threads)
+    feeds = read_feeds(reference.inputs, opened.manifest.preprocessing, scans, threads)
+    return layer_noise(proto, load_graph(opened, graph), feeds, threads)
 
 
 @dataclass(frozen=True)
@@ -215,20 +183,15 @@ def _run(models: Mapping[str, Model], scans: Sequence[Scan], state: State, displ
             return None
         return reader.preprocess(scan.path, **scan.options)
 
-    with ThreadPoolExecutor(1) as pool:
-        following: Future[NDArray[np.float32] | None] = pool.submit(prepare, scans[0])
-        for index, scan in enumerate(scans):
-            current = following
-            if index + 1 < len(scans):
-                following = pool.submit(prepare, scans[index + 1])
-            display.stage(scan.path.name)
-            try:
-                volume = current.result()
-                yield scan, {name: _outputs(name, model, scan, volume, state) for name, model in models.items()}
-            except BundleError:
-                raise
-            except InputError as error:
-                yield scan, error
+    for scan, prepared in read_ahead(scans, prepare):
+        display.stage(scan.path.name)
+        try:
+            volume = prepared()
+            yield scan, {name: _outputs(name, model, scan, volume, state) for name, model in models.items()}
+        except BundleError:
+            raise
+        except InputError as error:
+            yield scan, error
 
 
 def _key(name: str, scan: Scan) -> str:

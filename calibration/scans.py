@@ -1,28 +1,31 @@
-"""Scans for calibration: any folder of NIfTI files, with CT-RATE's metadata if there is a table of it."""
+"""Scans for calibration and comparison: any folder of NIfTI files, with CT-RATE's tables if there are any."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..benchmarks.evaluation.dataset import find_scans
+from ..benchmarks.evaluation.dataset import Tables, find_scans, has_labels, read_dataset
 from ..runtime.errors import InputError
-from ..runtime.files import sha256_file
+from ..runtime.manifest import Manifest
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One file and how to read it, as in ``Model.preprocess``."""
+class Scan:
+    """One file; ``options``: how to read it, as in ``Model.preprocess``; ``labels`` empty where there are none."""
 
     path: Path
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[bool, ...] = ()
 
 
-def choose_samples(folder: Path, count: int, split: str | None, options: Mapping[str, Any]) -> list[Sample]:
+def choose_samples(folder: Path, count: int, split: str | None, options: Mapping[str, Any]) -> list[Scan]:
     """``count`` scans spread evenly over the folder's, and behind them the others, in case some cannot be read.
+
+    Args:
+        options: on top of the folder's own metadata.
 
     Raises:
         InputError: no scan, or fewer than asked for.
@@ -30,18 +33,25 @@ def choose_samples(folder: Path, count: int, split: str | None, options: Mapping
     found = find_scans(folder, split)
     if len(found) < count:
         raise InputError(f"{folder}: {len(found)} scans, but {count} were asked for; pass --samples {len(found)}")
-    chosen = [index * len(found) // count for index in range(count)]
-    order = [*chosen, *(index for index in range(len(found)) if index not in set(chosen))]
-    samples = []
-    for index in order:
-        path, metadata = found[index]
-        samples.append(Sample(path, {"metadata": metadata, **options} if metadata is not None else dict(options)))
-    return samples
+    chosen = dict.fromkeys(index * len(found) // count for index in range(count))
+    order = [*chosen, *(index for index in range(len(found)) if index not in chosen)]
+    return [Scan(path, {**_options(metadata), **options}) for path, metadata in (found[index] for index in order)]
 
 
-def data_digest(paths: Sequence[Path]) -> str:
-    """sha256 over the contents of files, in their order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(sha256_file(path).encode())
-    return digest.hexdigest()
+def choose_scans(folder: Path, manifest: Manifest, split: str | None, limit: int | None) -> list[Scan]:
+    """Labelled scans if the folder has labels for the bundle's classes, else all.
+
+    Raises:
+        InputError: no scans.
+    """
+    task = manifest.zero_shot
+    if task is not None and folder.is_dir() and has_labels(folder, task.classes):
+        cases = read_dataset(folder, task.classes, Tables(), split)
+        found = [Scan(case.path, _options(case.metadata), case.labels) for case in cases]
+    else:
+        found = [Scan(path, _options(metadata)) for path, metadata in find_scans(folder, split)]
+    return found[:limit]
+
+
+def _options(metadata: Path | None) -> dict[str, Any]:
+    return {} if metadata is None else {"metadata": metadata}

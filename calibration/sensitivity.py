@@ -24,6 +24,7 @@ from ..runtime.errors import InputError
 from ..runtime.model import Model
 from .layers import Layer, group_name, quantizable_layers
 from .quantize import quantize
+from .sqnr import energy, signal_to_noise_db
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def analyse(proto: onnx.ModelProto, limits: Mapping[str, float], feeds: Sequence
     for name, count in work.items():
         on_step(name)
         found = run((name,))
-        cosine = float((found.embeddings * exact.embeddings).sum(axis=1).mean())
-        damages.append(Damage(name, count / total, cosine, _sqnr(exact.features, found.features)))
+        noise = signal_to_noise_db(energy(exact.features), energy(exact.features, found.features))
+        damages.append(Damage(name, count / total, cosine_kept(found, exact), noise))
     damages.sort(key=lambda damage: damage.sqnr_db)
     order = sorted(damages, key=lambda d: 10 ** (-d.sqnr_db / 10) / d.share, reverse=True)
     chosen = set(work)
@@ -164,9 +165,3 @@ def _run(proto: onnx.ModelProto, feeds: Sequence[Mapping[str, NDArray[np.floatin
     session = library.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     found = [session.run(["image_embedding", "feature_map"], dict(feed)) for feed in feeds]
     return Outputs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
-
-
-def _sqnr(exact: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    noise = float(np.square(exact - found, dtype=np.float64).sum())
-    signal = float(np.square(exact, dtype=np.float64).sum())
-    return 200.0 if noise == 0 else 10 * math.log10(signal / noise)

@@ -24,6 +24,16 @@ class LayerNoise:
     sqnr_db: float
 
 
+def signal_to_noise_db(signal: float, noise: float) -> float:
+    """Of two energies."""
+    return EXACT_DB if noise == 0 or signal == 0 else float(10 * np.log10(signal / noise))
+
+
+def energy(x: NDArray[np.floating], y: NDArray[np.floating] | None = None) -> float:
+    """``sum (x - y)^2``, or ``sum x^2``, in float64."""
+    return float(np.square(x if y is None else x - y.astype(np.float32), dtype=np.float64).sum())
+
+
 def layer_noise(reference: onnx.ModelProto, graph: onnx.ModelProto, feeds: Sequence[Mapping[str, NDArray[np.floating]]],
                 threads: int, budget_bytes: int = BUDGET_BYTES) -> tuple[LayerNoise, ...]:
     """Compare the activations that both graphs have under the same name; noisiest first.
@@ -47,10 +57,7 @@ def layer_noise(reference: onnx.ModelProto, graph: onnx.ModelProto, feeds: Seque
                           for entry in session.get_inputs()}
                 values.append(session.run(group, wanted))
             for name, x, y in zip(group, *values, strict=True):
-                signal[name] += float(np.square(x, dtype=np.float64).sum())
-                error[name] += float(np.square(x - y.astype(np.float32), dtype=np.float64).sum())
-        for name in group:
-            exact = error[name] == 0 or signal[name] == 0
-            db = EXACT_DB if exact else 10 * np.log10(signal[name] / error[name])
-            noise.append(LayerNoise(name, made_by[name], float(db)))
+                signal[name] += energy(x)
+                error[name] += energy(x, y)
+        noise += [LayerNoise(name, made_by[name], signal_to_noise_db(signal[name], error[name])) for name in group]
     return tuple(sorted(noise, key=lambda entry: entry.sqnr_db))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from .state import State, stamp
 
 #: Texts embedded at once.
 _TEXT_BATCH = 16
+_T = TypeVar("_T")
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True)
@@ -164,20 +166,26 @@ def _outputs(
         options = {"metadata": case.metadata, **read_options} if case.metadata is not None else read_options
         return model.preprocess(case.path, **options)
 
+    for case, prepared in read_ahead(cases, prepare):
+        display.stage(case.name)
+        try:
+            volume = prepared()
+            yield case, {name: _embed(state, name, case, embedder, volume) for name, embedder in embedders.items()}
+        except BundleError:
+            raise
+        except InputError as error:
+            yield case, error
+
+
+def read_ahead(items: Sequence[_T], prepare: Callable[[_T], _V]) -> Iterator[tuple[_T, Callable[[], _V]]]:
+    """Each item with a function that gives, or raises, what became of ``prepare``; the next is prepared meanwhile."""
     with ThreadPoolExecutor(1) as reader:
-        following: Future[NDArray[np.float32] | None] = reader.submit(prepare, cases[0])
-        for index, case in enumerate(cases):
+        following = reader.submit(prepare, items[0])
+        for index, item in enumerate(items):
             current = following
-            if index + 1 < len(cases):
-                following = reader.submit(prepare, cases[index + 1])
-            display.stage(case.name)
-            try:
-                volume = current.result()
-                yield case, {name: _embed(state, name, case, embedder, volume) for name, embedder in embedders.items()}
-            except BundleError:
-                raise
-            except InputError as error:
-                yield case, error
+            if index + 1 < len(items):
+                following = reader.submit(prepare, items[index + 1])
+            yield item, current.result
 
 
 def _key(contender: str, case: Case) -> str:

@@ -76,3 +76,15 @@ def shape_of(value: ir.Value) -> tuple[int | str, ...]:
     if value.shape is None:
         raise Refused(f"the shape of {value.name} is unknown")
     return tuple(side if isinstance(side, int) else str(side) for side in value.shape)
+
+
+def sides_of(value: ir.Value) -> tuple[int, int, int]:
+    """Spatial sides (D, H, W) of a volume ``[B, C, D, H, W]``.
+
+    Raises:
+        Refused: not a volume, or its sides are not fixed.
+    """
+    sides = shape_of(value)[2:]
+    if len(sides) != 3 or not all(isinstance(side, int) for side in sides):
+        raise Refused(f"the sides of {value.name} are not fixed")
+    return int(sides[0]), int(sides[1]), int(sides[2])

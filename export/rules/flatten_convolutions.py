@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .base import Refused, Rule, array_of, shape_of
+from .base import Refused, Rule, array_of, shape_of, sides_of
 from .convolution import Convolution, convolution_of
 
 _HEIGHT, _WIDTH = 1, 2
@@ -37,12 +37,12 @@ class FlattenConvolution(Rule):
         """Depthwise along one axis, or over all channels at one place; no stride, fixed sides."""
         convolution = convolution_of(bound["convolved"])
         _axis(convolution)
-        _sides(convolution.x)
+        sides_of(convolution.x)
 
     def rewrite(self, op: Any, x: ir.Value, convolved: ir.Value) -> Any:
         """See onnxscript."""
         convolution = convolution_of(convolved)
-        axis, (depth, height, width) = _axis(convolution), _sides(x)
+        axis, (depth, height, width) = _axis(convolution), sides_of(x)
         weight, bias, times = convolution.line, convolution.bias, 1
         across = axis in (_WIDTH, None)
         if axis == _HEIGHT:
@@ -131,12 +131,6 @@ def _axis(convolution: Convolution) -> int | None:
         raise Refused("the padding is not the same on both sides")
     return convolution.axis
 
-
-def _sides(x: ir.Value) -> tuple[int, int, int]:
-    sides = shape_of(x)[2:]
-    if len(sides) != 3 or not all(isinstance(side, int) for side in sides):
-        raise Refused(f"the sides of {x.name} are not fixed")
-    return int(sides[0]), int(sides[1]), int(sides[2])
 
 
 RULES = (FlattenConvolution, ViewOfView, GeluOfView)

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
-from .base import Refused, shape_of
+from .base import Refused, sides_of
 from .convolution import convolution_of
 from .plane_sums import PlaneSum, Tap, inputs_of, operator, plane_sum
 
@@ -68,7 +68,7 @@ def _find_region(graph: ir.Graph) -> dict[ir.Value, None]:
     for node in graph:
         try:
             if _is_local(node, region):
-                _sides(node.outputs[0])
+                sides_of(node.outputs[0])
                 region[node.outputs[0]] = None
         except Refused:
             continue
@@ -83,7 +83,7 @@ def _is_local(node: ir.Node, region: dict[ir.Value, None]) -> bool:
     inside = all(x in region for x in node.inputs if x is not None and x.const_value is None)
     if node.op_type == "Conv":
         convolution = convolution_of(node.outputs[0])
-        _sides(convolution.x)
+        sides_of(convolution.x)
         # Asking for the axis refuses kernels along none or several.
         return convolution.group == 1 and convolution.axis >= 0 and (inside or convolution.weight.shape[1] == 1)
     if node.op_type == "MaxPool":
@@ -100,7 +100,6 @@ class _Stream:
 
     def __init__(self, region: dict[ir.Value, None]) -> None:
         self.tape = Tape()
-        self._region = region
         self._whole = {x for value in region for x in inputs_of(value) if x not in region and x.const_value is None}
         self._planes: dict[tuple[ir.Value, int], ir.Value] = {}
         self._pooled: dict[tuple[ir.Value, int], ir.Value] = {}
@@ -112,7 +111,7 @@ class _Stream:
     def volume(self, value: ir.Value) -> ir.Value:
         """All planes of a value, ``[B, C, D, H, W]``."""
         planes = [self._op("Unsqueeze", self.plane(value, index), self._integers(2))
-                  for index in range(_sides(value)[0])]
+                  for index in range(sides_of(value)[0])]
         stacked = self._op("Concat", *planes, axis=2)
         stacked.name = f"{value.name}{PLANE}"
         return stacked
@@ -184,7 +183,7 @@ class _Stream:
                                  (("kernel_shape", []), ("strides", [1] * 3), ("pads", [0] * 6)))
         low = index * strides[0] - pads[0]
         planes = []
-        for plane in range(max(low, 0), min(low + kernel[0], _sides(x)[0])):
+        for plane in range(max(low, 0), min(low + kernel[0], sides_of(x)[0])):
             if (x, plane) not in self._pooled:
                 self._pooled[x, plane] = self._op("MaxPool", self.plane(x, plane), kernel_shape=kernel[1:],
                                                   strides=strides[1:], pads=[*pads[1:3], *pads[4:]])
@@ -203,7 +202,7 @@ class _Stream:
         return self._op("Slice", self._as_image(value), *map(self._integers, (start, end, 1)))
 
     def _split(self, value: ir.Value) -> None:
-        depth = _sides(value)[0]
+        depth = sides_of(value)[0]
         planes = self.tape.op_multi_out("Split", [self._as_image(value)], {"axis": 1, "num_outputs": depth},
                                         num_outputs=depth)
         self._planes |= {(value, index): plane for index, plane in enumerate(planes)}
@@ -213,7 +212,7 @@ class _Stream:
         key = (like, float(number), count)
         if count and key not in self._fills:
             batch = self._op("Shape", like, start=0, end=1)
-            shape = self._op("Concat", batch, self._integers(count, *_sides(like)[1:]), axis=0)
+            shape = self._op("Concat", batch, self._integers(count, *sides_of(like)[1:]), axis=0)
             self._fills[key] = self._op("Expand", self._constant(np.array(number, np.float32)), shape)
         return self._fills[key] if count else None
 
@@ -234,11 +233,4 @@ class _Stream:
 def _reach(tap: Tap, index: int) -> tuple[int, int, int]:
     """Planes that a tap reads for plane ``index`` of the output: inside the volume from, to, and where they begin."""
     low = index * tap.stride + tap.first
-    return max(low, 0), min(low + tap.count, _sides(tap.x)[0]), low
-
-
-def _sides(value: ir.Value) -> tuple[int, int, int]:
-    sides = shape_of(value)[2:]
-    if len(sides) != 3 or not all(isinstance(side, int) for side in sides):
-        raise Refused(f"the sides of {value.name} are not fixed")
-    return int(sides[0]), int(sides[1]), int(sides[2])
+    return max(low, 0), min(low + tap.count, sides_of(tap.x)[0]), low

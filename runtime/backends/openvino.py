@@ -29,11 +29,7 @@ class OpenVinoBackend:
             raise DeviceUnavailable(f"device {options.device!r}: the openvino back end runs on the CPU; drop one "
                                     "of the two options")
         self._library = _import_openvino()
-        # Without the hint OpenVINO computes in bfloat16 wherever the CPU can, which nobody asked for.
-        self._settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.thread_count,
-            "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32",
-        }
+        self._settings = cpu_settings(options)
         if (cache := _cache()) is not None:
             self._settings["CACHE_DIR"] = str(cache)
         self._path = path
@@ -95,6 +91,13 @@ class OpenVinoBackend:
     def describe(self) -> str:
         """Library, version, precision where it is not fp32, and threads."""
         return self._description
+
+
+def cpu_settings(options: Options) -> dict[str, Any]:
+    """What OpenVINO is told when it compiles."""
+    # Without the hint OpenVINO computes in bfloat16 wherever the CPU can, which nobody asked for.
+    return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.thread_count,
+            "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32"}
 
 
 def _fixed_sides(tensor: Any) -> list[int]:

@@ -45,7 +45,7 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, pr
     shows how well the new graphs keep the answers.
     """
     from ...calibration.add_precisions import ADDED, Choice, add_precisions, bundle_record
-    from ...calibration.calibrate import image_graph, observe
+    from ...calibration.calibrate import forget, image_graph, observe
     from ...calibration.record import model_digest, read_record, write_record
     from ...calibration.scales import require_method
     from ...calibration.scans import choose_samples
@@ -64,14 +64,15 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, pr
             identity = json.dumps([opened.manifest.digest, [str(s.path.resolve()) for s in chosen], str(given)])
             state = cache_folder() / "calibrate" / f"{hashlib.sha256(identity.encode()).hexdigest()[:20]}.json"
             record, correlations = observe(opened, chosen, samples, state, options, display)
-            state.unlink()
             if cache is not None:
                 write_record(cache, record)
         else:
+            state = None
             proto, correlations = image_graph(opened)[1], None
             record = bundle_record(opened, proto) if cache is None else read_record(cache, model_digest(proto))
-        manifest = add_precisions(opened, record, Choice(names, method, depthwise), display,
-                                  correlations)
+        manifest = add_precisions(opened, record, Choice(names, method, depthwise), display, correlations)
+        if state is not None:
+            forget(state)
     if as_json:
         print_json(json.loads(manifest.to_json())["conversions"])
         return

@@ -39,13 +39,14 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
     """
     from ...benchmarks.evaluation.state import open_state, state_path
     from ...calibration.report import COLUMNS, cells, title, write_report
-    from ...calibration.retention import REFERENCE, choose_scans, compare, graph_noise
+    from ...calibration.retention import REFERENCE, compare, graph_noise
+    from ...calibration.scans import choose_scans
 
     opened = open_bundle(bundle)
     names = _names(opened, precisions, backend)
     models = {name: Model(opened, _options(name, backend, threads)) for name in (REFERENCE, *names)}
     warn_if_untrained(models[REFERENCE])
-    scans = choose_scans(data, models[REFERENCE], split, limit)
+    scans = choose_scans(data, opened.manifest, split, limit)
     thread_count = Options(threads=threads).thread_count
     identity = {"retention": opened.manifest.digest, "dataset": str(data.resolve()), "backend": backend}
     with progress(len(scans)) as display, open_state(state or state_path(identity), fresh=False) as kept:
@@ -65,7 +66,8 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
 
 
 def _names(opened: Bundle, precisions: str | None, backend: str) -> list[str]:
-    there = list(dict.fromkeys(g.precision for g in opened.manifest.graphs if g.role == "image"))[1:]
+    there = list(dict.fromkeys(g.precision for g in opened.manifest.graphs if g.role == "image"))
+    there.remove("fp32")
     known = [*there, *["bf16"] * (backend == "openvino")]
     names = [name.strip() for name in precisions.split(",")] if precisions is not None else there
     if not names:

@@ -39,7 +39,8 @@ def command(bundle: Path, data: Path, split: str | None, samples: int, method: s
     """
     from ...calibration.add_precisions import Choice, add_precisions, bundle_record, thresholds_of
     from ...calibration.calibrate import image_graph
-    from ...calibration.retention import choose_scans, read_feeds
+    from ...calibration.retention import read_feeds
+    from ...calibration.scans import choose_scans
     from ...calibration.sensitivity import analyse, auroc_kept, cosine_kept
     from ...calibration.sensitivity_report import COLUMNS, STEP_COLUMNS, cells, step_cells, write_report
 
@@ -49,12 +50,13 @@ def command(bundle: Path, data: Path, split: str | None, samples: int, method: s
     model = Model(opened, Options(threads=threads))
     graph, proto = image_graph(opened)
     record = bundle_record(opened, proto)
-    scans = choose_scans(data, model, split, samples)
+    scans = choose_scans(data, opened.manifest, split, samples)
     if len(scans) < samples:
         raise InputError(f"{data}: {len(scans)} scans, but {samples} were asked for; pass --samples {len(scans)}")
     thread_count = Options(threads=threads).thread_count
     with progress() as display:
-        feeds = read_feeds(graph.inputs, opened.manifest.preprocessing, scans, thread_count, display)
+        feeds = read_feeds(graph.inputs, opened.manifest.preprocessing, scans, thread_count,
+                           display.stage)
         if target_auroc_drop is not None:
             promise, target = f"mean AUROC at most {target_auroc_drop:g} below fp32's", -target_auroc_drop
             measure = auroc_kept(model, [scan.labels for scan in scans], data)

@@ -9,10 +9,11 @@ import onnx
 import onnxruntime
 import pytest
 
+from dcformer_deploy.calibration import add_precisions
 from dcformer_deploy.calibration import calibrate as module
 from dcformer_deploy.calibration.observe import Observer, activation_bytes, split_by_bytes
 from dcformer_deploy.calibration.record import model_digest, read_record
-from dcformer_deploy.runtime import load
+from dcformer_deploy.runtime import CheckFailed, load
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.files import cache_folder
@@ -133,6 +134,28 @@ def test_interrupted_calibration_goes_on(copy: Path, scans: Path, monkeypatch: p
     assert len(seen) == 3
     assert (copy / "calibration.json").read_text() == (calibrated / "calibration.json").read_text()
     assert not list((cache_folder() / "calibrate").iterdir())
+
+
+def test_observations_outlive_a_failure_to_write(copy: Path, scans: Path, monkeypatch: pytest.MonkeyPatch):
+    """What minutes of scans have shown is not lost because a graph could not be made."""
+    arguments = ["calibrate", str(copy), "--data", str(scans), "--samples", "2", "--precision", "int8"]
+    seen = []
+    observe = Observer.observe
+    monkeypatch.setattr(Observer, "observe", lambda self, feeds: (seen.append(1), observe(self, feeds)))
+    with monkeypatch.context() as patch:
+        patch.setattr(add_precisions, "_require_finite", lambda *_: (_ for _ in ()).throw(CheckFailed("NaN")))
+        assert main(arguments) == 1
+    assert main(arguments) == 0
+    assert len(seen) == 2
+    assert not list((cache_folder() / "calibrate").iterdir())
+
+
+def test_every_scan_is_hashed_once(copy: Path, scans: Path, monkeypatch: pytest.MonkeyPatch):
+    hashed = []
+    digest = module.sha256_file
+    monkeypatch.setattr(module, "sha256_file", lambda path: (hashed.append(path), digest(path))[1])
+    assert main(["calibrate", str(copy), "--data", str(scans), "--samples", "3", "--precision", "int8"]) == 0
+    assert len(hashed) == 3
 
 
 def test_unreadable_scans_are_replaced(copy: Path, scans: Path, tmp_path: Path, capsys):

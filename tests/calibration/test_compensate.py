@@ -119,13 +119,28 @@ def test_a_whole_graph_in_fp16(tmp_path):
     assert errors[1] < 0.6 * errors[0]
     correlations.save(tmp_path / "c.npz")
     again = Correlations.of(proto)
-    again.load(tmp_path / "c.npz")
+    again.take(again.read(tmp_path / "c.npz"))
     for name, array in again.rounded(half_rounding).items():
         np.testing.assert_array_equal(array, new[name])
     (tmp_path / "c.npz").write_bytes(b"no archive")
     with pytest.raises(InputError, match="c.npz: damaged"):
-        again.load(tmp_path / "c.npz")
+        again.read(tmp_path / "c.npz")
 
 
 def test_layers_that_were_not_seen_stay():
     assert Correlations.of(_network()).rounded(half_rounding) == {}
+
+
+def test_convolutions_of_one_input_that_are_not_added_are_layers_of_their_own():
+    """Of different widths, too; and products that only a bias joins."""
+    graph = GraphBuilder()
+    wide = graph.node("Gelu", graph.node("Conv", "x", graph.weight(9, 4, 1, 1, 1)))
+    narrow = graph.node("Relu", graph.line("x", (5, 4), 1, 3))
+    both = graph.node("Concat", wide, narrow, axis=1)
+    flat = graph.node("Flatten", both, axis=1)
+    products = [graph.node("MatMul", flat, graph.weight(14 * 24, 3)) for _ in range(2)]
+    first, second = (graph.node("Add", product, graph.weight(3)) for product in products)
+    proto = graph.finish(graph.node("Mul", first, second), {"x": ["batch", 4, 2, 3, 4]})
+    groups = Correlations.of(proto).groups.values()
+    assert sorted(len(group.layers) for group in groups) == [1, 1, 1, 1]
+    assert sorted(len(group.moments) for group in groups) == [4, 12, 336, 336]
