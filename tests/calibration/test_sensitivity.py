@@ -9,10 +9,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from dcformer_deploy.calibration import sensitivity
 from dcformer_deploy.calibration.add_precisions import bundle_record, thresholds_of
 from dcformer_deploy.calibration.calibrate import image_graph
 from dcformer_deploy.calibration.layers import group_name, quantizable_layers
-from dcformer_deploy.calibration.sensitivity import Outputs, analyse, auroc_kept, cosine_kept
+from dcformer_deploy.calibration.sensitivity import Damage, Outputs, Sensitivity, Step, analyse, auroc_kept, cosine_kept
 from dcformer_deploy.runtime import InputError, load
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
@@ -47,19 +48,37 @@ def test_a_fragile_layer_is_found(calibrated: Path, scans: Path):
     assert found.steps[-1].kept == pytest.approx(1)
 
 
-def test_choice_is_written(calibrated: Path, scans: Path, tmp_path: Path, capsys):
-    bundle = Path(shutil.copytree(calibrated, tmp_path / "bundle"))
-    arguments = ["sensitivity", str(bundle), "--data", str(scans), "--samples", "2", "--method", "minmax"]
-    assert main([*arguments, "--target-cosine", "0.9999", "--json", "--out", str(tmp_path / "r"), "--write"]) in (0, 1)
+@pytest.mark.parametrize(("target", "code"), [("0.0", 0), ("1.0", 1)])
+def test_all_or_nothing(calibrated: Path, scans: Path, capsys, target: str, code: int):
+    """Any loss is allowed: all layers stay in INT8. None is: all go back, which is a failed check."""
+    assert main(["sensitivity", str(calibrated), "--data", str(scans), "--samples", "2", "--method", "minmax", "--json",
+                 "--target-cosine", target]) == code
     found = json.loads(capsys.readouterr().out)
-    assert found["steps"][-1]["kept"] >= 0.9999 or found["steps"][-1]["share"] == 0
+    assert (len(found["steps"]), len(found["floats"])) == ((1, 0), (15, 14))[code]
+
+
+def test_choice_is_written(calibrated: Path, scans: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """As if the promise held once two layers were float: a decomposed convolution and a product."""
+    bundle = Path(shutil.copytree(calibrated, tmp_path / "bundle"))
+    layers = [layer for layer in quantizable_layers(ir.from_proto(image_graph(open_bundle(bundle))[1]).graph)
+              if not layer.depthwise]
+    floats = tuple(sorted({group_name(layers[0]), group_name(layers[-1])}))
+    damages = (Damage(floats[0], 0.5, 0.9, 20.0),)
+    fixed = Sensitivity("", 2, damages, (Step(None, 1.0, 0.5), Step(floats[0], 0.5, 0.95)), floats)
+    monkeypatch.setattr(sensitivity, "analyse", lambda *_: fixed)
+    assert main(["sensitivity", str(bundle), "--data", str(scans), "--samples", "2", "--method", "minmax", "--json",
+                 "--target-cosine", "0.9", "--out", str(tmp_path / "r"), "--write"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert {path.name for path in (tmp_path / "r").iterdir()} == {f"sensitivity.{s}" for s in ("md", "json", "png")}
     conversion = next(c for c in open_bundle(bundle).manifest.conversions if c.precision == "int8")
-    if found["steps"][-1]["share"] > 0:
-        assert len([note for note in conversion.notes if note.endswith("float, by choice")]) == len(found["floats"])
-        proto = onnx.load(bundle / "image.int8.onnx")
-        integers = {t.name.split("/")[0] for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT8}
-        assert not any(name.startswith(floating) for floating in found["floats"] for name in integers)
+    chosen = [note.removesuffix(": float, by choice") for note in conversion.notes if note.endswith("by choice")]
+    assert tuple(chosen) == floats
+    assert found["floats"] == list(floats)
+    proto = onnx.load(bundle / "image.int8.onnx")
+    integers = {t.name.split("/")[0] for t in proto.graph.initializer
+                if t.data_type == onnx.TensorProto.INT8 and "/" in t.name}
+    assert not any(name.startswith(floating) for floating in chosen for name in integers)
+    assert len(integers) == 14  # 18 layers less three branches and a product
 
 
 def test_refusals(calibrated: Path, pristine_bundle: Path, scans: Path, capsys):
