@@ -61,19 +61,23 @@ class PlaneSum:
 
 
 def plane_sum(value: ir.Value, whole: Collection[ir.Value]) -> PlaneSum:
-    """Of a value made by Add or Conv, sums of sums as one.
+    """Of a value made by Add or Conv, sums of sums as one; what others read, too, is not computed again but added.
 
     Args:
         whole: values that are at hand with all planes, so that a kernel along D reads several at once.
     """
+
+    def own(leaf: ir.Value, kind: str) -> bool:
+        return operator(leaf) == kind and (leaf is value or len(list(leaf.uses())) == 1)
+
     leaves = [value]
-    while (index := next((i for i, leaf in enumerate(leaves) if operator(leaf) == "Add"), None)) is not None:
+    while (index := next((i for i, leaf in enumerate(leaves) if own(leaf, "Add")), None)) is not None:
         leaves[index : index + 1] = inputs_of(leaves[index])
-    convolutions = [convolution_of(leaf) for leaf in leaves if operator(leaf) == "Conv"]
+    convolutions = [convolution_of(leaf) for leaf in leaves if own(leaf, "Conv")]
     taps = [tap for convolution in convolutions for tap in _taps(convolution, convolution.x in whole)]
     biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
     bias = np.stack(biases).sum(axis=0, dtype=np.float64).astype(np.float32) if biases else None
-    return PlaneSum(tuple(_merge_points(taps)), tuple(leaf for leaf in leaves if operator(leaf) != "Conv"), bias)
+    return PlaneSum(tuple(_merge_points(taps)), tuple(leaf for leaf in leaves if not own(leaf, "Conv")), bias)
 
 
 def _taps(convolution: Convolution, whole: bool) -> list[Tap]:

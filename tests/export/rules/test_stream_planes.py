@@ -88,6 +88,8 @@ def test_sums_with_what_is_no_convolution():
     before = graph.finish(graph.node("Relu", second), {"volume": [2, 1, 5, 6, 7]})
     after, report = only(before, "stream_planes")
     assert report.matched == 11
+    # Per plane 3 of the first layer, computed once though two read it, and 4 of the second; less 2 at the borders.
+    assert operators(after).count("Conv") == 5 * (3 + 4) - 2
     x = volume(2, 1, 5, 6, 7)
     assert difference(run(after, volume=x), run(before, volume=x)) < EXACT
 
