@@ -176,7 +176,8 @@ def test_other_unusable_arguments(model: Model, call):
 
 @pytest.mark.parametrize(("ids", "length"), [(100_000, 3), (1, 600)])
 def test_tokens_that_the_text_tower_does_not_have(model: Model, ids: int, length: int, capfd):
-    with pytest.raises(InferenceError, match="text.fp32.onnx: inference failed"):
+    # The text tower with fused attention is in the bundle only where it was measured faster.
+    with pytest.raises(InferenceError, match=r"text\.fp32\.(onnxruntime\.)?onnx: inference failed"):
         model.embed_tokens(np.full((1, length), ids), np.ones((1, length), int))
     assert capfd.readouterr().err == ""
 
