@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..runtime.backends import Options
 from ..runtime.bundle import open_bundle
 from ..runtime.errors import InputError, suggestion
 from ..runtime.manifest import MANIFEST_NAME, Manifest
@@ -24,7 +25,6 @@ class _Kind:
     kind: str
     export: str | None = None
     backend: str = "onnxruntime"
-    bf16: bool = False
     precision: str = "fp32"
 
 
@@ -34,7 +34,7 @@ _KINDS = {
     OWN: _Kind(bundle.KIND),
     "openvino-naive": _Kind(bundle.KIND, _NAIVE, "openvino"),
     "openvino": _Kind(bundle.KIND, "openvino", "openvino"),
-    "openvino-bf16": _Kind(bundle.KIND, "openvino", "openvino", bf16=True),
+    "openvino-bf16": _Kind(bundle.KIND, "openvino", "openvino", "bf16"),
     "onnxruntime-int8": _Kind(bundle.KIND, precision="int8"),
     "openvino-int8": _Kind(bundle.KIND, backend="openvino", precision="int8"),
 }
@@ -78,14 +78,15 @@ def choose_entrants(names: Sequence[str], field: Field, folder: Path,
     entrants = []
     for name in (*names, *[OWN] * (OWN not in names)):
         kind = _KINDS[name]
-        if manifest.graph("image", kind.precision) is None:
+        options = Options(backend=kind.backend, precision=kind.precision)
+        if manifest.graph("image", options.graph_precision, kind.backend) is None:
             raise InputError(f"--against {name}: {field.bundle} has no {kind.precision} graph; `dcformer calibrate` "
                              "adds it")
         made = field.bundle
         has_own = any(graph.target == kind.export for graph in manifest.graphs)
         if kind.export is not None and not has_own:
             made = _export_again(field, manifest, kind.export, folder, on_stage)
-        entrants.append(Entrant(name, kind.kind, replace(job, bundle=str(made), backend=kind.backend, bf16=kind.bf16,
+        entrants.append(Entrant(name, kind.kind, replace(job, bundle=str(made), backend=kind.backend,
                                                         precision=kind.precision)))
     return entrants
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..runtime.backends import Options
 from ..runtime.backends.openvino import cpu_settings
 from ..runtime.bundle import open_bundle
+from ..runtime.errors import InputError
 from ..runtime.machine import processor
 from ..runtime.model import load
 from ..runtime.volume import image_feeds
@@ -58,8 +59,9 @@ def profile(bundle: Path, options: Options, runs: int, scan: Path | None = None)
         runs: measured inferences; before them, some warm up.
     """
     opened = open_bundle(bundle)
-    graph = opened.manifest.graph("image", target=options.backend)
-    assert graph is not None
+    graph = opened.manifest.graph("image", options.graph_precision, options.backend)
+    if graph is None:
+        raise InputError(f"{bundle}: no image tower in {options.precision}; `dcformer calibrate` adds it")
     spec = opened.manifest.preprocessing
     low, high = spec.value_range
     volume = np.random.default_rng(0).uniform(low, high, (1, *spec.shape_dhw)).astype(np.float32)
@@ -68,10 +70,10 @@ def profile(bundle: Path, options: Options, runs: int, scan: Path | None = None)
     events = measure(opened.path(graph.file), options, feeds, runs)
     phases: dict[str, float] = {}
     if scan is not None:
-        model = load(bundle, threads=options.threads, backend=options.backend, bf16=options.bf16)
+        model = load(bundle, threads=options.threads, backend=options.backend, precision=options.precision)
         timings = [model.zero_shot(scan).timings_ms for _ in range(_WARM_UP + runs)][_WARM_UP:]
         phases = {name: float(np.median([t[name] for t in timings])) for name in timings[0]}
-    library = f"{options.backend}{' bf16' if options.bf16 else ''}, {options.thread_count} threads"
+    library = f"{options.backend} {options.precision}, {options.thread_count} threads"
     return Profile(processor(), library, tuple(_add_up(events, runs)), phases)
 
 

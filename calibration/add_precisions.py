@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-from numpy.typing import NDArray
 
 from ..export.graph_files import WeightsFile, describe_graph
 from ..export.rules.measured import Stopwatch
@@ -22,19 +21,24 @@ from ..runtime.files import atomic_folder
 from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Manifest
 from ..runtime.volume import image_feeds
 from .calibrate import image_graph, load_graph
-from .compensate import Correlations, Rounding, half_rounding, integer_rounding, replace_weights
-from .half import Half, to_half
-from .layers import Layer, group_name, quantizable_layers, reads_stacked_planes
-from .quantize import quantize, quantize_weights, weight_scales
+from .compensate import Correlations, bfloat16_rounding, half_rounding, replace_weights
+from .emulate import GPU_TARGET, emulate
+from .half import Half, to_bfloat16, to_half
+from .integers import Weights, compensated, worthwhile_depthwise
+from .layers import Layer, group_name, reads_stacked_planes
+from .quantize import quantize_weights
 from .record import Record, model_digest, read_record, write_record
-from .scales import LEVELS, threshold
+from .scales import threshold
 from .sqnr import energy, signal_to_noise_db
 
 CALIBRATION_FILE = "calibration.json"
 #: Least signal over the difference of two back ends on one graph.
 _SMALLEST_AGREEMENT_DB = 20.0
 #: Precisions that calibration can add.
-ADDED = ("fp16", "int8")
+ADDED = ("fp16", "bf16", "int8")
+DEFAULT = ("fp16", "int8")
+#: Whether depthwise layers become INT8: where that is faster, as measured here; all; none.
+DEPTHWISE = ("measure", "always", "never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +48,31 @@ class Choice:
     ``floats``: layers that stay float, by ``group_name``.
     """
 
-    precisions: Sequence[str] = ADDED
+    precisions: Sequence[str] = DEFAULT
     method: str = "mse"
-    depthwise: bool = False
+    depthwise: str = "measure"
     floats: Collection[str] = ()
 
+    def stays_float(self, layer: Layer) -> bool:
+        """Whether a layer stays float on every back end."""
+        return (layer.depthwise and self.depthwise == "never") or group_name(layer) in self.floats
+
     def keep(self, layer: Layer) -> bool:
-        """Whether a layer stays float."""
-        return (layer.depthwise and not self.depthwise) or group_name(layer) in self.floats
+        """Whether a layer stays float on a back end that cannot be measured here."""
+        return self.stays_float(layer) or (layer.depthwise and self.depthwise != "always")
+
+    def decide(self, proto: onnx.ModelProto, limits: Mapping[str, float], stopwatch: Stopwatch,
+               stays_float: Callable[[Layer], bool] | None = None) -> tuple[Callable[[Layer], bool], Collection[str]]:
+        """Which layers of a graph stay float on a back end, and the depthwise ones that were found faster in INT8.
+
+        Args:
+            stays_float: layers that do so whatever is measured; by default this object's own.
+        """
+        always = stays_float or self.stays_float
+        if self.depthwise != "measure":
+            return always, ()
+        faster = worthwhile_depthwise(proto, limits, always, stopwatch)
+        return lambda layer: always(layer) or (layer.depthwise and group_name(layer) not in faster), faster
 
 
 def bundle_record(bundle: Bundle, proto: onnx.ModelProto) -> Record:
@@ -102,8 +123,11 @@ def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stag
         graphs, conversions = list(kept), [c for c in old.conversions if c.precision not in choice.precisions]
         for precision in choice.precisions:
             display.stage(f"writing {precision}")
-            added, conversion = (_add_half(bundle, record, folder, correlations) if precision == "fp16" else
-                                 _add_int8(bundle, record, choice, folder, correlations))
+            if precision == "int8":
+                added, conversion = _add_int8(bundle, record, choice, folder, correlations)
+            else:
+                add = _add_half if precision == "fp16" else _add_bfloat16
+                added, conversion = add(bundle, record, folder, correlations)
             for graph in added:
                 _require_finite(folder, graph, old)
             graphs += added
@@ -139,11 +163,25 @@ def _add_half(bundle: Bundle, record: Record, folder: Path,
     _, image = image_graph(bundle)
     if correlations is not None:
         image = replace_weights(image, correlations.rounded(half_rounding))
-    half = to_half(image, {name: histogram.largest for name, histogram in record.histograms.items()})
+    half = to_half(image, _largest(record))
     graphs = [_save(half.proto, folder, "image", "fp16")]
     if (text := _text_graph(bundle)) is not None:
         graphs.append(_save(to_half(text).proto, folder, "text", "fp16"))
     return graphs, Conversion("fp16", None, len(record.scans), record.data, 0,
+                              (_rounded_how(correlations), *_reasons(half)))
+
+
+def _add_bfloat16(bundle: Bundle, record: Record, folder: Path,
+                  correlations: Correlations | None) -> tuple[list[Graph], Conversion]:
+    """For GPUs: on CPUs, ONNX Runtime has no kernels for it, and OpenVINO computes fp32 graphs in it by itself."""
+    _, image = image_graph(bundle)
+    if correlations is not None:
+        image = replace_weights(image, correlations.rounded(bfloat16_rounding))
+    half = to_bfloat16(image)
+    graphs = [_save(half.proto, folder, "image", "bf16", GPU_TARGET)]
+    if (text := _text_graph(bundle)) is not None:
+        graphs.append(_save(to_bfloat16(text).proto, folder, "text", "bf16", GPU_TARGET))
+    return graphs, Conversion("bf16", None, len(record.scans), record.data, 0,
                               (_rounded_how(correlations), *_reasons(half)))
 
 
@@ -153,48 +191,60 @@ def _rounded_how(correlations: Correlations | None) -> str:
     return "weights rounded so that errors make up for each other on the scans"
 
 
+def _largest(record: Record) -> dict[str, float]:
+    return {name: histogram.largest for name, histogram in record.histograms.items()}
+
+
 def _reasons(half: Half) -> tuple[str, ...]:
     texts = [f"{count} nodes in float32: {reason}" for reason, count in half.float32.items()]
-    return (*texts, *(f"{name} reaches {value:.3g}, kept in float32" for name, value in half.overflow.items()))
+    return (*texts, *(f"{name} reaches {value:.3g}, kept in float32; bf16 would hold it"
+                      for name, value in half.overflow.items()))
 
 
 def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path,
               correlations: Correlations | None) -> tuple[list[Graph], Conversion]:
+    """For any back end, with float32 where it is not INT8; for GPUs, with FP16 there; and what is faster on others."""
     limits = thresholds_of(record, choice.method)
     _, image = image_graph(bundle)
-    scales: dict[str, NDArray[np.float64]] = {}
+    weights = Weights()
     if correlations is not None:
-        image, scales = _compensated(image, limits, choice, correlations)
-    found = quantize(image, limits, choice.keep, scales)
-    weights = WeightsFile(folder / "image.int8.weights")
-    graphs = [_save(found.proto, folder, "image", "int8", weights=weights)]
+        weights = compensated(image, limits, correlations, choice.stays_float)
+    keep, decided = choice.decide(image, limits, Stopwatch(Options()))
+    found = weights.quantize(image, limits, keep)
+    file = WeightsFile(folder / "image.int8.weights")
+    graphs = [_save(found.proto, folder, "image", "int8", weights=file)]
+    notes = [_rounded_how(correlations), *(f"{name}: float, by choice" for name in choice.floats), *found.left,
+             *(f"{name}: depthwise and faster in INT8" for name in sorted(decided))]
+    gpu = weights.quantize(image, limits, choice.keep)
+    graphs.append(_save(to_half(gpu.proto, _largest(record)).proto, folder, "image", "int8", GPU_TARGET, file))
+    notes.append(f"for {GPU_TARGET}: FP16 where it is not INT8")
     for form in bundle.manifest.graphs:
         if form.role == "image" and form.precision == "fp32" and form.target != ANY_TARGET:
-            fast = quantize(load_graph(bundle, form), limits,
-                            lambda layer: choice.keep(layer) or reads_stacked_planes(layer)).proto
-            if Stopwatch(Options(backend=form.target)).compare(found.proto, fast).is_faster:
-                graph = _save(fast, folder, "image", "int8", form.target, weights)
-                _require_same_anywhere(folder, graph, bundle.manifest)
+            graph, decided = _int8_for(bundle, form, limits, choice, weights.moved(image, load_graph(bundle, form)),
+                                       found.proto, folder, file)
+            if graph is not None:
                 graphs.append(graph)
+                notes += [f"for {form.target}: {name}: depthwise and faster in INT8" for name in sorted(decided)]
     if (text := _text_graph(bundle)) is not None:
         graphs.append(_save(to_half(quantize_weights(text)).proto, folder, "text", "int8"))
-    notes = (_rounded_how(correlations), *(f"{name}: float, by choice" for name in choice.floats), *found.left)
-    return graphs, Conversion("int8", choice.method, len(record.scans), record.data, found.layers, notes)
+    return graphs, Conversion("int8", choice.method, len(record.scans), record.data, found.layers, tuple(notes))
 
 
-def _compensated(image: onnx.ModelProto, limits: Mapping[str, float], choice: Choice,
-                 correlations: Correlations) -> tuple[onnx.ModelProto, dict[str, NDArray[np.float64]]]:
-    """The graph with weights on INT8's grid where they will be INT8, and the grid's steps."""
-    layers = quantizable_layers(ir.from_proto(image).graph)
-    scales = {layer.weight_name: weight_scales(layer) for layer in layers
-              if not choice.keep(layer) and limits.get(str(layer.x.name), 0.0) > 0}
+def _int8_for(bundle: Bundle, form: Graph, limits: Mapping[str, float], choice: Choice, weights: Weights,
+              general: onnx.ModelProto, folder: Path, file: WeightsFile) -> tuple[Graph | None, Collection[str]]:
+    """A back end's form of the graph in INT8, if that is faster there than the one for any; its depthwise layers."""
+    proto, stopwatch = load_graph(bundle, form), Stopwatch(Options(backend=form.target))
 
-    def rounding(layer: Layer) -> Rounding | None:
-        steps = scales.get(layer.weight_name)
-        return None if steps is None else integer_rounding(steps, LEVELS)
+    def keep(layer: Layer) -> bool:
+        return choice.stays_float(layer) or reads_stacked_planes(layer)
 
-    new = correlations.rounded(rounding)
-    return replace_weights(image, new), {name: scales[name] for name in new}
+    keep, decided = choice.decide(proto, limits, stopwatch, keep)
+    fast = weights.quantize(proto, limits, keep).proto
+    if not stopwatch.compare(general, fast).is_faster:
+        return None, ()
+    graph = _save(fast, folder, "image", "int8", form.target, file)
+    _require_same_anywhere(folder, graph, bundle.manifest)
+    return graph, decided
 
 
 def _save(proto: onnx.ModelProto, folder: Path, role: str, precision: str, target: str = ANY_TARGET,
@@ -212,7 +262,14 @@ def _require_finite(folder: Path, graph: Graph, manifest: Manifest) -> None:
     else:
         feeds = {"input_ids": np.ones((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
         output = "text_embedding"
-    (found,) = open_graph(folder / graph.file, Options()).run(feeds, [output])
+    with tempfile.TemporaryDirectory() as scratch:
+        path = folder / graph.file
+        if graph.target == GPU_TARGET:
+            path = Path(scratch) / graph.file
+            onnx.save(emulate(onnx.load(folder / graph.file)), path)
+            feeds = {name: array.astype(np.float32) if array.dtype == np.float16 else array
+                     for name, array in feeds.items()}
+        (found,) = open_graph(path, Options()).run(feeds, [output])
     if not np.isfinite(found).all():
         raise CheckFailed(f"{graph.file}: gives NaN or infinite embeddings; nothing was written")
 

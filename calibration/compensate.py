@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -201,6 +202,12 @@ def half_rounding(layer: Layer) -> Rounding:
     """To FP16."""
     del layer
     return lambda weights: weights.astype(np.float16).astype(np.float64)
+
+
+def bfloat16_rounding(layer: Layer) -> Rounding:
+    """To BF16."""
+    del layer
+    return lambda weights: weights.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
 def integer_rounding(scales: NDArray[np.float64], levels: int) -> Rounding:

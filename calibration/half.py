@@ -1,7 +1,8 @@
-"""FP16 written into the graph, with what must stay float32 kept so for a reason.
+"""FP16 and BF16 written into the graph, with what must stay float32 kept so for a reason.
 
 The conversion itself is ONNX Runtime's (``onnxruntime.transformers.float16``). It rounds to FP16 between any two nodes,
-also where both stay float32; these roundings are taken out again.
+also where both stay float32; these roundings are taken out again. BF16 has float32's range and eight bits of precision:
+for models whose activations are beyond FP16.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import ml_dtypes
+import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx import TensorProto, numpy_helper, version_converter
 from onnx_ir.passes import common as passes
 
-from .layers import head_nodes
+from .layers import head_nodes, is_weighted
 
 #: FP16 holds 65504. Activations of scans that calibration has not seen may be larger than those it has.
 LARGEST_MAGNITUDE = 65504 / 4
@@ -22,9 +26,13 @@ _NORMS = {"LayerNormalization", "InstanceNormalization", "GroupNormalization", "
 _CHOICES = {"ArgMax", "ArgMin", "TopK"}
 
 
+#: The first opset whose convolutions take bfloat16.
+_BFLOAT16_OPSET = 22
+
+
 @dataclass(frozen=True)
 class Half:
-    """A graph in FP16. ``float32``: why nodes stay so, and how many. ``overflow``: magnitudes that are too large."""
+    """A graph in FP16 or BF16. ``float32``: why nodes stay so, and how many. ``overflow``: magnitudes too large."""
 
     proto: onnx.ModelProto
     float32: dict[str, int]
@@ -37,6 +45,60 @@ def to_half(proto: onnx.ModelProto, largest: Mapping[str, float] | None = None) 
     Args:
         largest: magnitudes of activations that were seen, by name; nodes that make or read too large ones stay float32.
     """
+    overflow = {name: value for name, value in (largest or {}).items() if value > LARGEST_MAGNITUDE}
+    return _convert(proto, overflow, inputs_too=True)
+
+
+def to_bfloat16(proto: onnx.ModelProto) -> Half:
+    """Convert weights and activations to BF16; outputs stay float32, inputs become FP16.
+
+    A voxel's value in BF16 would be off by up to 2 HU, so what reads voxels is float32, up to and including the first
+    layer. Which graphs need this instead of ``to_half``: those with ``overflow`` there.
+    """
+    newer = version_converter.convert_version(proto, max(_BFLOAT16_OPSET, _opset(proto)))
+    half = _convert(newer, {}, inputs_too=False)
+    originals = {tensor.name: tensor for tensor in newer.graph.initializer}
+    graph = half.proto.graph
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            tensor.CopyFrom(_bfloat16(originals.get(tensor.name, tensor), tensor.name))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.BFLOAT16
+            elif attribute.t.data_type == TensorProto.FLOAT16:
+                attribute.t.CopyFrom(_bfloat16(attribute.t, attribute.t.name))
+    for value in graph.input:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            _read_as_half(graph, value)
+    del graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(half.proto, strict_mode=True, data_prop=True)
+    return Half(inferred, half.float32, {})
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _bfloat16(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    """Rounded to the nearest; what would become infinite, such as a mask's lowest float32, to the largest."""
+    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    array = np.clip(numpy_helper.to_array(tensor).astype(np.float32), -largest, largest).astype(ml_dtypes.bfloat16)
+    return ir.to_proto(ir.tensor(array, name=name))
+
+
+def _read_as_half(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
+    """Make an input FP16, cast to what its readers expect."""
+    cast = f"{value.name}/float32"
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == value.name:
+                node.input[index] = cast
+    graph.node.insert(0, onnx.helper.make_node("Cast", [value.name], [cast], to=TensorProto.FLOAT))
+    value.type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def _convert(proto: onnx.ModelProto, overflow: Mapping[str, float], inputs_too: bool) -> Half:
     # Here, because the converter is no part of the API that onnxruntime promises, and nothing else needs it.
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -45,11 +107,14 @@ def to_half(proto: onnx.ModelProto, largest: Mapping[str, float] | None = None) 
     for index, node in enumerate(named.graph.node):
         node.name = f"{node.op_type}_{index}"
     model = ir.from_proto(named)
-    overflow = {name: value for name, value in (largest or {}).items() if value > LARGEST_MAGNITUDE}
     reasons = keep_float32(model.graph, overflow)
-    outputs = [value.name for value in named.graph.output]
+    kept = [value.name for value in named.graph.output]
+    if not inputs_too:
+        kept += [value.name for value in named.graph.input]
+        for node in _first_layers(model.graph):
+            reasons.setdefault(str(node.name), "the first layer, which reads voxels")
     converted = convert_float_to_float16(
-        named, keep_io_types=outputs, op_block_list=[], node_block_list=list(reasons), disable_shape_infer=False)
+        named, keep_io_types=kept, op_block_list=[], node_block_list=list(reasons), disable_shape_infer=False)
     found = ir.from_proto(converted)
     _remove_roundings(found)
     passes.RemoveUnusedNodesPass()(found)
@@ -86,6 +151,18 @@ def keep_float32(graph: ir.Graph, overflow: Collection[str] = ()) -> dict[str, s
         elif any(value is not None and value.name in overflow for value in (*node.inputs, *node.outputs)):
             reasons[name] = "an activation too large for FP16"
     return reasons
+
+
+def _first_layers(graph: ir.Graph) -> list[ir.Node]:
+    """The first layers that work on the inputs, and what moves numbers before them."""
+    raw = {value for value in graph.inputs if value.dtype == ir.DataType.FLOAT}
+    found = []
+    for node in graph:
+        if any(value in raw for value in node.inputs):
+            found.append(node)
+            if not is_weighted(node):
+                raw.update(node.outputs)
+    return found
 
 
 def _between_norm_and_choice(graph: ir.Graph) -> set[ir.Node]:

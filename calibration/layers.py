@@ -65,7 +65,7 @@ def weighted_layers(graph: ir.Graph) -> list[Layer]:
 def _layers(graph: ir.Graph, behind_head: Collection[ir.Node]) -> list[Layer]:
     layers = []
     for node in graph:
-        if not _works(node) or node in behind_head:
+        if not is_weighted(node) or node in behind_head:
             continue
         weight = weight_of(node)
         if weight.ndim < 2:
@@ -102,7 +102,7 @@ def source_name(value: ir.Value) -> str:
     return str(value.name).split(PLANE)[0]
 
 
-def _works(node: ir.Node) -> bool:
+def is_weighted(node: ir.Node) -> bool:
     """Whether it has a constant weight and does more than move numbers."""
     value = node.inputs[1] if node.op_type in _WEIGHTED else None
     return value is not None and value.const_value is not None and not _copies(value.const_value.numpy())
@@ -119,7 +119,7 @@ def _reached(graph: ir.Graph) -> tuple[set[ir.Value], set[ir.Node]]:
             head.add(node)
         if node in head or node.op_type == "ArgMax" or _is_mean_over_tokens(node):
             head_values.update(node.outputs)
-        if _works(node) or any(value in weighted for value in inputs):
+        if is_weighted(node) or any(value in weighted for value in inputs):
             weighted.update(node.outputs)
     return weighted, head
 

@@ -22,9 +22,11 @@ from sklearn.metrics import roc_auc_score
 from ..runtime.backends.onnxruntime import import_onnxruntime
 from ..runtime.errors import InputError
 from ..runtime.model import Model
+from .integers import Weights
 from .layers import Layer, group_name, quantizable_layers
-from .quantize import quantize
 from .sqnr import energy, signal_to_noise_db
+
+_NEAREST = Weights()
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Outputs:
 
 def analyse(proto: onnx.ModelProto, limits: Mapping[str, float], feeds: Sequence[Mapping[str, NDArray[np.floating]]],
             threads: int, promise: str, measure: Callable[[Outputs, Outputs], float], target: float,
-            on_step: Callable[[str], None] = lambda _: None) -> Sensitivity:
+            weights: Weights = _NEAREST, on_step: Callable[[str], None] = lambda _: None) -> Sensitivity:
     """Rank the layers and choose.
 
     Args:
@@ -88,6 +90,7 @@ def analyse(proto: onnx.ModelProto, limits: Mapping[str, float], feeds: Sequence
         promise: what ``measure`` is, for people.
         measure: how well outputs keep those of float32; more is better.
         target: the least that may be kept.
+        weights: rounded weights; others are rounded to the nearest.
     """
     layers = [layer for layer in quantizable_layers(ir.from_proto(proto).graph) if not layer.depthwise]
     work: dict[str, float] = {}
@@ -100,7 +103,7 @@ def analyse(proto: onnx.ModelProto, limits: Mapping[str, float], feeds: Sequence
     def run(groups: Collection[str]) -> Outputs:
         if not groups:
             return _run(proto, feeds, threads)
-        chosen = quantize(proto, limits, lambda layer: layer.depthwise or group_name(layer) not in groups)
+        chosen = weights.quantize(proto, limits, lambda layer: layer.depthwise or group_name(layer) not in groups)
         return _run(chosen.proto, feeds, threads)
 
     exact = run(())

@@ -22,7 +22,7 @@ DIGEST_FIELD = "manifest_sha256"
 ROLES = ("image", "text")
 #: Inputs of an image tower that reads only the lines its first layer looks at, and the axis along which each is whole.
 LINE_INPUTS = {"lines_d": 0, "lines_h": 1, "lines_w": 2}
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 #: A graph that is good anywhere; other targets are names of back ends.
 ANY_TARGET = "any"
 Reduction = Literal["channel", "depth", "none"]

@@ -55,7 +55,7 @@ class Classification(Scores):
 
 
 def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True,
-         backend: str = "onnxruntime", bf16: bool = False, precision: str = "fp32") -> Model:
+         backend: str = "onnxruntime", precision: str = "fp32") -> Model:
     """Open a bundle for inference.
 
     Args:
@@ -63,13 +63,13 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
         threads: CPU threads of one inference; None = the cores this process may use.
         verify: compare the sha256 of every file with the manifest.
         backend: "onnxruntime" or "openvino".
-        bf16: let openvino compute in bfloat16; results change.
-        precision: "fp32", or one that `dcformer calibrate` added: "fp16", "int8".
+        precision: "fp32", or one that `dcformer calibrate` added: "fp16", "bf16", "int8". openvino needs nothing added
+            for "bf16", it computes fp32 graphs so.
 
     Raises:
         InputError, BundleError: no bundle there, or a damaged, edited or newer one.
     """
-    return Model(open_bundle(bundle, verify), Options(device, threads, backend, bf16, precision))
+    return Model(open_bundle(bundle, verify), Options(device, threads, backend, precision))
 
 
 class Model:
@@ -281,10 +281,12 @@ class Model:
         return self._graph("image").run(feeds, ["image_embedding"])[0][0]
 
     def _info(self, role: str) -> Graph:
-        precision = self._options.precision
+        precision = self._options.graph_precision
         graph = self.manifest.graph(role, precision, self._options.backend)
         if graph is None and self.manifest.graph(role) is not None:
-            raise BundleError(f"{self._bundle.folder}: no {role} tower in {precision}; `dcformer calibrate` adds it")
+            advice = "openvino computes fp32 graphs in it" if precision == "bf16" else "`dcformer calibrate` adds it"
+            raise BundleError(f"{self._bundle.folder}: no {role} tower in {precision} for {self._options.backend}; "
+                              f"{advice}")
         if graph is None:
             raise BundleError(f"{self._bundle.folder}: this bundle has no {role} tower; it was exported without one")
         return graph

@@ -86,7 +86,8 @@ def scans(ct: Path, hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def calibrated(pristine_bundle: Path, scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle with FP16 and INT8 graphs; by extremes, as scans of mostly padding leave other methods little else."""
+    """The bundle with FP16, BF16 and INT8; by extremes, as scans of mostly padding leave other methods little else."""
     out = Path(shutil.copytree(pristine_bundle, tmp_path_factory.mktemp("calibrated") / "bundle"))
-    assert main(["calibrate", str(out), "--data", str(scans), "--samples", "3", "--method", "minmax"]) == 0
+    assert main(["calibrate", str(out), "--data", str(scans), "--samples", "3", "--method", "minmax",
+                 "--depthwise", "never", "--precision", "fp16,bf16,int8"]) == 0
     return out

@@ -16,7 +16,7 @@ class Job:
 
     ``bundle`` folder; ``checkpoint`` file or None; CPU ``threads``; see each contender.
     ``same_weights``: whether every contender has the bundle's weights, so that embeddings can be compared.
-    ``value_range``: of preprocessed volumes. ``backend``, ``bf16``, ``precision``: for bundles, as in
+    ``value_range``: of preprocessed volumes. ``backend``, ``precision``: for bundles, as in
     ``runtime.backends.Options``.
     ``scan``: a file; what is measured then begins at that file instead of at a preprocessed volume.
     """
@@ -27,7 +27,6 @@ class Job:
     same_weights: bool = False
     value_range: tuple[float, float] = (-1.0, 1.0)
     backend: str = "onnxruntime"
-    bf16: bool = False
     precision: str = "fp32"
     scan: str | None = None
 

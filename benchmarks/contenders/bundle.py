@@ -27,7 +27,6 @@ class _Bundle:
 
 def open_contender(job: Job) -> _Bundle:
     """Load the bundle and its image tower."""
-    model = load(job.bundle, threads=job.threads, backend=job.backend, bf16=job.bf16,
-                 precision=job.precision)
+    model = load(job.bundle, threads=job.threads, backend=job.backend, precision=job.precision)
     model.describe()
     return _Bundle(model)

@@ -23,14 +23,13 @@ class Options:
     """How to run graphs.
 
     ``device``: "cpu" or "cuda". ``threads``: CPU threads of one inference; None = the cores this process may use.
-    ``backend``: inference library. ``bf16``: compute in bfloat16 what the library can, which changes results.
-    ``precision``: which of a bundle's graphs to run.
+    ``backend``: inference library. ``precision``: which of a bundle's graphs to run; for "bf16", openvino computes
+    those in fp32 in bfloat16.
     """
 
     device: str = "cpu"
     threads: int | None = None
     backend: str = "onnxruntime"
-    bf16: bool = False
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
@@ -40,10 +39,13 @@ class Options:
             raise InputError(f"backend: {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
-        if self.bf16 and self.backend != "openvino":
-            raise InputError(f"bf16: the {self.backend} back end has none; use the openvino back end")
         if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):
             raise InputError(f"threads: {self.threads!r}; expected 1 to {MOST_THREADS}")
+
+    @property
+    def graph_precision(self) -> str:
+        """Of the graph that is read."""
+        return "fp32" if self.precision == "bf16" and self.backend == "openvino" else self.precision
 
     @property
     def thread_count(self) -> int:

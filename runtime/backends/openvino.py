@@ -37,17 +37,17 @@ class OpenVinoBackend:
         self._requests = threading.local()
         self._lock = threading.Lock()
         self._core = self._library.Core()
-        if options.bf16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if options.precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise DeviceUnavailable("bf16: this CPU has no bfloat16 units, so it would be slower and less exact; "
-                                    "drop --bf16")
+                                    "choose another --precision")
         with self._reading():
             self._model = self._core.read_model(str(path))
         batches = [shape for shape in (tensor.partial_shape for tensor in self._model.inputs)
                    if shape[0].is_dynamic and all(not side.is_dynamic for side in list(shape)[1:])]
         self._only_batch_is_dynamic = len(batches) == len(self._model.inputs)
         self._compile(self._key(1))
-        self._description = (f"openvino {self._library.__version__}, CPU{', bfloat16' if options.bf16 else ''}, "
-                             f"{options.thread_count} threads")
+        bfloat16 = ", bfloat16" if options.precision == "bf16" else ""
+        self._description = f"openvino {self._library.__version__}, CPU{bfloat16}, {options.thread_count} threads"
 
     def _key(self, batch: int) -> int | None:
         return 1 if self._only_batch_is_dynamic and batch == 1 else None
@@ -97,7 +97,7 @@ def cpu_settings(options: Options) -> dict[str, Any]:
     """What OpenVINO is told when it compiles."""
     # Without the hint OpenVINO computes in bfloat16 wherever the CPU can, which nobody asked for.
     return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.thread_count,
-            "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32"}
+            "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32"}
 
 
 def _fixed_sides(tensor: Any) -> list[int]:

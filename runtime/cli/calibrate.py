@@ -30,21 +30,22 @@ from .output import print_json, progress
               help="Precisions to add to the bundle.")
 @click.option("--method", default="mse", show_default=True, metavar="NAME",
               help="From what was observed to INT8's range: minmax, percentile, entropy or mse.")
-@click.option("--depthwise", is_flag=True, help="Also depthwise convolutions in INT8; they are often slower so.")
+@click.option("--depthwise", default="measure", show_default=True, metavar="WHEN",
+              help="Depthwise convolutions in INT8: measure (those that are faster so here), always, never.")
 @click.option("--cache", type=click.Path(path_type=Path), metavar="FILE",
               help="With --data: also write what was observed there; without: read it from there.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @json_option
 @scan_options
 def command(bundle: Path, data: Path | None, samples: int, split: str | None, precisions: str, method: str,
-            depthwise: bool, cache: Path | None, threads: int | None, as_json: bool, **read_options: Any) -> None:
+            depthwise: str, cache: Path | None, threads: int | None, as_json: bool, **read_options: Any) -> None:
     """Add FP16 and INT8 graphs to BUNDLE, from what its activations look like on scans.
 
     Nothing is kept of the scans but extremes and histograms of activations (calibration.json in the bundle), in memory
     that does not grow with their number. An interrupted calibration goes on where it stopped. `dcformer retention`
     shows how well the new graphs keep the answers.
     """
-    from ...calibration.add_precisions import ADDED, Choice, add_precisions, bundle_record
+    from ...calibration.add_precisions import ADDED, DEPTHWISE, Choice, add_precisions, bundle_record
     from ...calibration.calibrate import forget, image_graph, observe
     from ...calibration.record import model_digest, read_record, write_record
     from ...calibration.scales import require_method
@@ -55,6 +56,8 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, pr
         if name not in ADDED or name in names[:index]:
             raise InputError(f"--precision {precisions!r}: expected some of {', '.join(ADDED)}, each once")
     require_method(method)
+    if depthwise not in DEPTHWISE:
+        raise InputError(f"--depthwise {depthwise!r}: expected one of {', '.join(DEPTHWISE)}")
     opened = open_bundle(bundle)
     options = Options(threads=threads)
     given = {name: value for name, value in read_options.items() if value is not None}

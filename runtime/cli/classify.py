@@ -21,8 +21,8 @@ from .scoring import score_scans
 @model_options
 def command(
     bundle: Path, scans: tuple[Path, ...], as_json: bool, keep_going: bool, device: str, threads: int | None,
-    backend: str, bf16: bool, precision: str, no_verify: bool, **read_options: Any,
+    backend: str, precision: str, no_verify: bool, **read_options: Any,
 ) -> int:
     """Score each SCAN with the fine-tuned detector that BUNDLE was made from."""
-    model = load(bundle, device, threads, not no_verify, backend, bf16, precision)
+    model = load(bundle, device, threads, not no_verify, backend, precision)
     return score_scans(model, scans, lambda scan: model.classify(scan, **read_options), as_json, keep_going)

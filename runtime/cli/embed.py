@@ -25,12 +25,12 @@ from .scans import for_each_scan
 @model_options
 def command(
     bundle: Path, scans: tuple[Path, ...], out: Path, keep_going: bool, device: str, threads: int | None,
-    backend: str, bf16: bool, precision: str, no_verify: bool, **read_options: Any,
+    backend: str, precision: str, no_verify: bool, **read_options: Any,
 ) -> int:
     """Embed each SCAN and write FILE.npz: `embeddings` [n, 512] float32, `volumes` [n], `manifest_sha256`."""
     if out.suffix != ".npz":
         raise InputError(f"--out {out}: expected a name ending in .npz")
-    model = load(bundle, device, threads, not no_verify, backend, bf16, precision)
+    model = load(bundle, device, threads, not no_verify, backend, precision)
     warn_if_untrained(model)
     with atomic_file(out) as temporary:  # first of all, so that a place that cannot be written is found out at once
         results = for_each_scan(scans, keep_going, lambda scan: model.embed_image(scan, **read_options))

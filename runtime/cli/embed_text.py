@@ -26,12 +26,12 @@ _LARGEST_MATRIX = 8
 @model_options
 def command(
     bundle: Path, texts: tuple[str, ...], out: Path | None, as_json: bool, device: str, threads: int | None,
-    backend: str, bf16: bool, precision: str, no_verify: bool,
+    backend: str, precision: str, no_verify: bool,
 ) -> None:
     """Embed each TEXT. Without --out or --json it prints how similar the texts are to each other."""
     if out is not None and out.suffix != ".npz":
         raise InputError(f"--out {out}: expected a name ending in .npz")
-    model = load(bundle, device, threads, not no_verify, backend, bf16, precision)
+    model = load(bundle, device, threads, not no_verify, backend, precision)
     warn_if_untrained(model)
     embeddings = model.embed_text(texts)
     if out is not None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def command(
     bundle: Path, dataset: Path, checkpoint: Path | None, split: str | None, limit: int | None, classifier: bool,
     labels: Path | None, reports: Path | None, state: Path | None, fresh: bool, as_json: bool, device: str,
-    threads: int | None, backend: str, bf16: bool, precision: str, no_verify: bool, metadata: Path | None,
+    threads: int | None, backend: str, precision: str, no_verify: bool, metadata: Path | None,
     **read_options: Any,
 ) -> int:
     """Score the scans of DATASET, a folder in CT-RATE's layout, and compare with its labels and reports.
@@ -54,7 +54,7 @@ def command(
     from ...benchmarks.evaluation.run import BundleEmbedder, evaluate
     from ...benchmarks.evaluation.state import open_state, state_path
 
-    options = Options(device, threads, backend, bf16, precision)
+    options = Options(device, threads, backend, precision)
     opened = open_bundle(bundle, verify=not no_verify)
     model = Model(opened, options)
     warn_if_untrained(model)
@@ -67,7 +67,7 @@ def command(
         embedders["pytorch"] = CheckpointEmbedder(opened, checkpoint, classifier, options.thread_count)
     given = {name: value for name, value in read_options.items() if value is not None}
     identity = {"manifest": model.manifest.digest, "dataset": str(dataset.resolve()), "device": device,
-                "backend": backend, "bf16": bf16, "precision": precision,
+                "backend": backend, "precision": precision,
                 "classifier": classifier, "options": {name: str(value) for name, value in given.items()}}
     started = time.monotonic()
     with progress(len(cases)) as display, open_state(state or state_path(identity), fresh) as kept:

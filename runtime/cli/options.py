@@ -45,9 +45,9 @@ def model_options(function: _F) -> _F:
         click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; default: all usable cores."),
         click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
                      help="Inference library."),
-        click.option("--bf16", is_flag=True, help="Let openvino compute in bfloat16: faster, and results change."),
         click.option("--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], show_default=True,
-                     help="Graphs to run; `dcformer calibrate` adds those other than fp32."),
+                     help="Graphs to run; `dcformer calibrate` adds those other than fp32. bf16: openvino computes in "
+                          "bfloat16 by itself."),
         click.option("--no-verify", is_flag=True, help="Do not compare the bundle's files with their sha256."),
     )):
         function = option(function)

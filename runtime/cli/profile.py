@@ -9,6 +9,7 @@ import click
 from ..backends import Options
 from ..backends.base import BACKENDS, MOST_THREADS
 from ..files import require_file
+from ..manifest import PRECISIONS
 from .options import bundle_argument, json_option
 from .output import print_json, print_table
 
@@ -21,17 +22,18 @@ from .output import print_json, print_table
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
               help="Inference library.")
-@click.option("--bf16", is_flag=True, help="Let openvino compute in bfloat16.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], show_default=True,
+              help="fp32, or what `dcformer calibrate` added; bf16: openvino computing in bfloat16.")
 @click.option("--top", type=click.IntRange(min=1), default=12, show_default=True, help="Operators to show.")
 @json_option
-def command(bundle: Path, scan: Path | None, runs: int, threads: int | None, backend: str, bf16: bool, top: int,
+def command(bundle: Path, scan: Path | None, runs: int, threads: int | None, backend: str, precision: str, top: int,
             as_json: bool) -> None:
     """Show where the time of BUNDLE's image tower goes, operator by operator, on this CPU."""
     from ...benchmarks.profile import profile
 
     if scan is not None:
         require_file(scan, "scan")
-    report = profile(bundle, Options(threads=threads, backend=backend, bf16=bf16), runs, scan)
+    report = profile(bundle, Options(threads=threads, backend=backend, precision=precision), runs, scan)
     if as_json:
         print_json(report.to_dict())
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 
 import click
@@ -10,6 +12,7 @@ from ..backends import Options
 from ..backends.base import BACKENDS, MOST_THREADS
 from ..bundle import Bundle, open_bundle
 from ..errors import InputError, one_line
+from ..manifest import PRECISIONS
 from ..model import Model
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress, warn_if_untrained
@@ -25,6 +28,8 @@ from .output import print_json, print_table, progress, warn_if_untrained
               help="What to compare with fp32; default: what the bundle has. 'bf16': openvino computing in bfloat16.")
 @click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
               help="Inference library, for fp32 and all others.")
+@click.option("--emulate", is_flag=True,
+              help="Compare the graphs for GPUs, run here with every FP16 or BF16 value rounded as on a GPU.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the report there as Markdown and JSON, and a plot.")
@@ -32,27 +37,36 @@ from .output import print_json, print_table, progress, warn_if_untrained
               help="Where finished scans are kept until the end; default: in the user's cache folder.")
 @json_option
 def command(bundle: Path, data: Path, split: str | None, limit: int | None, precisions: str | None, backend: str,
-            threads: int | None, out: Path | None, state: Path | None, as_json: bool) -> int:
+            emulate: bool, threads: int | None, out: Path | None, state: Path | None, as_json: bool) -> int:
     """Compare BUNDLE's lower precisions with its own fp32: embeddings, codes, scores, AUROC, noise by layer.
 
     An interrupted comparison goes on where it stopped. Scans that cannot be read are listed, and make the exit code 2.
+    ONNX Runtime's CPU computes FP16 graphs in float32; what they keep on a GPU is shown by --emulate.
     """
     from ...benchmarks.evaluation.state import open_state, state_path
+    from ...calibration.emulate import emulated_bundle
     from ...calibration.report import COLUMNS, cells, title, write_report
     from ...calibration.retention import REFERENCE, compare, graph_noise
     from ...calibration.scans import choose_scans
 
+    if emulate and backend != BACKENDS[0]:
+        raise InputError(f"--emulate: runs in {BACKENDS[0]}; drop --backend {backend}")
     opened = open_bundle(bundle)
-    names = _names(opened, precisions, backend)
-    models = {name: Model(opened, _options(name, backend, threads)) for name in (REFERENCE, *names)}
-    warn_if_untrained(models[REFERENCE])
-    scans = choose_scans(data, opened.manifest, split, limit)
-    thread_count = Options(threads=threads).thread_count
-    identity = {"retention": opened.manifest.digest, "dataset": str(data.resolve()), "backend": backend}
-    with progress(len(scans)) as display, open_state(state or state_path(identity), fresh=False) as kept:
+    with contextlib.ExitStack() as stack:
+        if emulate:
+            opened = emulated_bundle(opened, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dcformer-"))))
+        names = _names(opened, precisions, backend)
+        models = {name: Model(opened, Options(threads=threads, backend=backend, precision=name))
+                  for name in (REFERENCE, *names)}
+        warn_if_untrained(models[REFERENCE])
+        scans = choose_scans(data, opened.manifest, split, limit)
+        thread_count = Options(threads=threads).thread_count
+        identity = {"retention": opened.manifest.digest, "dataset": str(data.resolve()), "backend": backend}
+        display = stack.enter_context(progress(len(scans)))
+        kept = stack.enter_context(open_state(state or state_path(identity), fresh=False))
+        about = {"bundle": f"{bundle} (graphs for GPUs, emulated)" if emulate else str(bundle), "dataset": str(data)}
         found = compare(models, scans, kept, display,
-                        lambda name, some: graph_noise(opened, name, some, thread_count),
-                        {"bundle": str(bundle), "dataset": str(data)})
+                        lambda name, some: graph_noise(opened, name, some, thread_count), about)
     paths = write_report(found, out) if out is not None else []
     for text in found.failed:
         click.echo(f"error: {one_line(text)}", err=True)
@@ -66,9 +80,8 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
 
 
 def _names(opened: Bundle, precisions: str | None, backend: str) -> list[str]:
-    there = list(dict.fromkeys(g.precision for g in opened.manifest.graphs if g.role == "image"))
-    there.remove("fp32")
-    known = [*there, *["bf16"] * (backend == "openvino")]
+    there = [name for name in PRECISIONS[1:] if opened.manifest.graph("image", name, backend) is not None]
+    known = list(dict.fromkeys([*there, *["bf16"] * (backend == "openvino")]))
     names = [name.strip() for name in precisions.split(",")] if precisions is not None else there
     if not names:
         raise InputError(f"{opened.folder}: holds fp32 only; `dcformer calibrate` adds precisions")
@@ -77,9 +90,3 @@ def _names(opened: Bundle, precisions: str | None, backend: str) -> list[str]:
             raise InputError(f"--precision {name!r}: expected some of {', '.join(known) or 'none'}, each once; "
                              "`dcformer calibrate` adds fp16 and int8, --backend openvino has bf16")
     return names
-
-
-def _options(name: str, backend: str, threads: int | None) -> Options:
-    if name == "bf16":
-        return Options(threads=threads, backend=backend, bf16=True)
-    return Options(threads=threads, backend=backend, precision=name)

@@ -39,6 +39,8 @@ def command(bundle: Path, data: Path, split: str | None, samples: int, method: s
     """
     from ...calibration.add_precisions import Choice, add_precisions, bundle_record, thresholds_of
     from ...calibration.calibrate import image_graph
+    from ...calibration.integers import compensated
+    from ...calibration.observe import Observer
     from ...calibration.retention import read_feeds
     from ...calibration.scans import choose_scans
     from ...calibration.sensitivity import analyse, auroc_kept, cosine_kept
@@ -63,11 +65,16 @@ def command(bundle: Path, data: Path, split: str | None, samples: int, method: s
         else:
             target = 0.99 if target_cosine is None else target_cosine
             promise, measure = f"mean cosine of at least {target:g}", cosine_kept
-        found = analyse(proto, thresholds_of(record, method), feeds, thread_count, promise, measure, target,
-                        display.stage)
+        limits, observer = thresholds_of(record, method), Observer(proto, (), thread_count, correlates=True)
+        for scan, feed in zip(scans, feeds, strict=True):
+            display.stage(f"{scan.path.name}, what layers read")
+            observer.observe(feed)
+        weights = compensated(proto, limits, observer.correlations, lambda layer: layer.depthwise)
+        found = analyse(proto, limits, feeds, thread_count, promise, measure, target, weights, display.stage)
         kept = found.steps[-1].share > 0
         if write and kept:
-            add_precisions(opened, record, Choice(("int8",), method, floats=found.floats), display)
+            choice = Choice(("int8",), method, depthwise="never", floats=found.floats)
+            add_precisions(opened, record, choice, display, observer.correlations)
     paths = write_report(found, out) if out is not None else []
     if as_json:
         print_json(found.to_dict())

@@ -31,9 +31,9 @@ from .scoring import score_scans
 @model_options
 def command(
     bundle: Path, scans: tuple[Path, ...], classes: Path | None, as_json: bool, keep_going: bool, device: str,
-    threads: int | None, backend: str, bf16: bool, precision: str, no_verify: bool, **read_options: Any,
+    threads: int | None, backend: str, precision: str, no_verify: bool, **read_options: Any,
 ) -> int:
     """Score each SCAN (.nii or .nii.gz) for every class: "X is present." against "X is not present."."""
     names = read_classes(classes)
-    model = load(bundle, device, threads, not no_verify, backend, bf16, precision)
+    model = load(bundle, device, threads, not no_verify, backend, precision)
     return score_scans(model, scans, lambda scan: model.zero_shot(scan, names, **read_options), as_json, keep_going)

@@ -35,7 +35,9 @@ def refuse(capsys: pytest.CaptureFixture[str], message: str, *arguments: object)
 def test_bundle_has_the_graphs_and_is_intact(calibrated: Path, pristine_bundle: Path, capsys):
     manifest = open_bundle(calibrated).manifest
     found = {(graph.role, graph.precision) for graph in manifest.graphs}
-    assert found == {(role, precision) for role in ("image", "text") for precision in ("fp32", "fp16", "int8")}
+    assert found == {(role, name) for role in ("image", "text") for name in ("fp32", "fp16", "bf16", "int8")}
+    assert {(g.role, g.precision) for g in manifest.graphs if g.target == "tensorrt"} == {
+        ("image", "bf16"), ("text", "bf16"), ("image", "int8")}
     by_precision = {conversion.precision: conversion for conversion in manifest.conversions}
     assert (by_precision["int8"].layers, by_precision["int8"].method, by_precision["int8"].scans) == (18, "minmax", 3)
     assert by_precision["fp16"].data == by_precision["int8"].data
@@ -175,7 +177,8 @@ def test_refusals(copy: Path, scans: Path, tmp_path: Path, capsys, calibrated: P
     refuse(capsys, "no such folder", "calibrate", copy, "--data", tmp_path / "none")
     refuse(capsys, "method 'entrop': unknown; did you mean 'entropy'", "calibrate", copy, "--data", scans, "--method",
            "entrop")
-    refuse(capsys, "--precision 'int4': expected some of fp16, int8", "calibrate", copy, "--precision", "int4")
+    refuse(capsys, "--depthwise 'yes': expected one of measure, always, never", "calibrate", copy, "--depthwise", "yes")
+    refuse(capsys, "--precision 'int4': expected some of fp16, bf16, int8", "calibrate", copy, "--precision", "int4")
     (tmp_path / "c.json").write_text("{}")
     refuse(capsys, "c.json: not a calibration cache", "calibrate", copy, "--cache", tmp_path / "c.json")
     other = json.loads((calibrated / "calibration.json").read_text())
@@ -188,8 +191,8 @@ def test_refusals(copy: Path, scans: Path, tmp_path: Path, capsys, calibrated: P
     (tmp_path / "n.json").write_text(json.dumps(other))
     refuse(capsys, "holds NaN or infinite values on the calibration scans", "calibrate", copy, "--cache",
            tmp_path / "n.json", "--precision", "int8")
-    refuse(capsys, "no image tower in int8; `dcformer calibrate` adds it", "embed", copy, scans / "a.nii.gz", "--out",
-           tmp_path / "e.npz", "--precision", "int8")
+    refuse(capsys, "no image tower in int8 for onnxruntime; `dcformer calibrate` adds it", "embed", copy,
+           scans / "a.nii.gz", "--out", tmp_path / "e.npz", "--precision", "int8")
     assert open_bundle(copy).manifest.conversions == ()
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from dcformer_deploy.calibration.half import to_half
+from dcformer_deploy.calibration.emulate import emulate
+from dcformer_deploy.calibration.half import to_bfloat16, to_half
 from dcformer_deploy.calibration.observe import Observer
 from dcformer_deploy.calibration.quantize import quantize, quantize_weights
 from dcformer_deploy.export.random_weights import random_checkpoint
@@ -23,6 +24,8 @@ QUICK = {"convnext-nano", "ctvit-ctclip", "dcformer-nano", "poolformer-nano", "t
 #: any rounding into noise: float32 in PyTorch is 27 dB from float64 at single tokens (``export.verify``).
 HALF_DB, INT8_DB = {"transunet": 15.0}, {"transunet": 4.0}
 USUAL_HALF_DB, USUAL_INT8_DB = 50.0, 20.0
+#: With every 16-bit value rounded.
+STRICT_DB, BFLOAT16_DB = {"transunet": 15.0, "": 55.0}, {"transunet": 8.0, "": 38.0}
 
 
 def _feeds(proto: onnx.ModelProto, volumes: np.ndarray) -> dict[str, np.ndarray]:
@@ -62,9 +65,14 @@ def test_every_encoder(name: str, tmp_path: Path):
     found = quantize(proto, largest)
     assert found.layers >= 4
     assert _signal_to_noise(exact, _features(found.proto, volumes, tmp_path)) > INT8_DB.get(family, USUAL_INT8_DB)
+    for graph, least in ((half.proto, STRICT_DB), (to_bfloat16(proto).proto, BFLOAT16_DB),
+                         (to_half(found.proto, largest).proto, INT8_DB | {"": USUAL_INT8_DB})):
+        noise = _signal_to_noise(exact, _features(emulate(graph), volumes, tmp_path))
+        assert noise > least.get(family, least[""])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "text fp16", "text int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int8 and fp16", "text fp16", "text bf16",
+                                       "text int8"])
 def test_tensorrt_parses_and_builds(precision: str, tmp_path: Path):
     """NVIDIA's own parser and builder, which need no GPU to build."""
     trt = pytest.importorskip("tensorrt_rtx")
@@ -72,16 +80,21 @@ def test_tensorrt_parses_and_builds(precision: str, tmp_path: Path):
     model = checkpoint.build()
     if precision.startswith("text"):
         proto = trace_text_tower(model, checkpoint.spec)
-        proto = to_half(proto if precision == "text fp16" else quantize_weights(proto)).proto
+        convert = to_bfloat16 if precision == "text bf16" else to_half
+        proto = convert(quantize_weights(proto) if precision == "text int8" else proto).proto
     else:
         proto, _ = optimize(trace_image_tower(model, checkpoint.spec), MEASURED)
         if precision == "fp16":
             proto = to_half(proto).proto
-        elif precision == "int8":
+        elif precision == "bf16":
+            proto = to_bfloat16(proto).proto
+        elif precision.startswith("int8"):
             volumes = np.random.default_rng(0).uniform(-1, 1, (1, 64, 128, 128)).astype(np.float32)
             observer = Observer(proto, (), 2)
             observer.observe(_feeds(proto, volumes))
             proto = quantize(proto, {name: h.largest for name, h in observer.histograms.items()}).proto
+            if precision == "int8 and fp16":
+                proto = to_half(proto).proto
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

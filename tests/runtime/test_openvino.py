@@ -87,7 +87,7 @@ def test_without_a_cache_folder(pristine_bundle: Path, tmp_path: Path, monkeypat
 def test_bfloat16_only_when_asked_for(openvino_model: Model, pristine_bundle: Path):
     image, *_ = inputs()
     try:
-        rough = load(pristine_bundle, backend="openvino", bf16=True).image_outputs(image[:, 0])["feature_map"]
+        rough = load(pristine_bundle, backend="openvino", precision="bf16").image_outputs(image[:, 0])["feature_map"]
     except DeviceUnavailable as error:
         pytest.skip(str(error))
     exact = openvino_model.image_outputs(image[:, 0])["feature_map"]
@@ -95,8 +95,8 @@ def test_bfloat16_only_when_asked_for(openvino_model: Model, pristine_bundle: Pa
 
 
 def test_bfloat16_is_not_for_onnx_runtime(pristine_bundle: Path):
-    with pytest.raises(InputError, match="bf16: the onnxruntime back end has none; use the openvino back end"):
-        load(pristine_bundle, bf16=True)
+    with pytest.raises(BundleError, match="no image tower in bf16 for onnxruntime; openvino computes"):
+        load(pristine_bundle, precision="bf16").describe()
 
 
 def test_other_devices_are_refused(pristine_bundle: Path):
