@@ -54,9 +54,11 @@ retention: $(READY)
 	  --target onnxruntime --target openvino
 	$(BIN)/dcformer calibrate demo/bundle --data demo/calibration --precision fp16,bf16,int8
 	$(BIN)/dcformer retention demo/bundle --data demo/held-out --emulate --out demo/retention/emulated
-	$(BIN)/dcformer retention demo/bundle --data demo/held-out --out demo/retention/onnxruntime --precision int8
+	$(BIN)/dcformer retention demo/bundle --data demo/held-out --out demo/retention/onnxruntime \
+	  --precision fp16,int8
 	$(BIN)/dcformer retention demo/bundle --data demo/held-out --out demo/retention/openvino --backend openvino \
 	  --precision int8,bf16
+	$(BIN)/dcformer sensitivity demo/bundle --data demo/held-out --samples 16 --target-cosine 0.998 --out demo/sensitivity
 
 test: $(READY)
 	$(BIN)/python -m pytest

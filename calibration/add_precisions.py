@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +13,16 @@ import onnx
 from ..export.graph_files import WeightsFile, describe_graph
 from ..export.rules.measured import Stopwatch
 from ..runtime.backends import Options, open_graph
-from ..runtime.bundle import Bundle, open_bundle, record_file, write_manifest
+from ..runtime.bundle import Bundle, copy_files, open_bundle, record_file, write_manifest
 from ..runtime.cli.output import Stages
+from ..runtime.engines import GPU_TARGET, engine_records
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import atomic_folder
 from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Manifest
 from ..runtime.volume import image_feeds
 from .calibrate import image_graph, load_graph
 from .compensate import Correlations, bfloat16_rounding, half_rounding, replace_weights
-from .emulate import GPU_TARGET, emulate
+from .emulate import emulate
 from .half import Half, to_bfloat16, to_half
 from .integers import Weights, compensated, worthwhile_depthwise
 from .layers import Layer, group_name, reads_stacked_planes
@@ -119,7 +119,7 @@ def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stag
     old = bundle.manifest
     with atomic_folder(bundle.folder, MANIFEST_NAME) as folder:
         kept = [graph for graph in old.graphs if graph.precision not in choice.precisions]
-        files = _copy_files(bundle, kept, folder)
+        files = copy_files(bundle, folder, _made_anew(bundle, kept))
         graphs, conversions = list(kept), [c for c in old.conversions if c.precision not in choice.precisions]
         for precision in choice.precisions:
             display.stage(f"writing {precision}")
@@ -141,16 +141,12 @@ def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stag
     return open_bundle(bundle.folder, verify=False).manifest
 
 
-def _copy_files(bundle: Bundle, kept: Sequence[Graph], folder: Path) -> list[str]:
-    """The bundle's files, but for those of graphs that are made anew."""
+def _made_anew(bundle: Bundle, kept: Sequence[Graph]) -> set[str]:
+    """Files of graphs that are not kept, and engines of these."""
     needed = {name for graph in kept for name in (graph.file, graph.weights)}
-    owned = {name for graph in bundle.manifest.graphs for name in (graph.file, graph.weights)}
-    names = [record.path for record in bundle.manifest.files
-             if (record.path in needed or record.path not in owned) and record.path != CALIBRATION_FILE]
-    for name in names:
-        # Copied, not linked: onnx refuses weights of several names, as links may lead where they should not.
-        shutil.copyfile(bundle.path(name), folder / name)
-    return names
+    owned = {name for graph in bundle.manifest.graphs for name in (graph.file, graph.weights) if name is not None}
+    engines = {name for record in engine_records(bundle) if record.onnx not in needed for name in record.files}
+    return {CALIBRATION_FILE, *(owned - needed), *engines}
 
 
 def _text_graph(bundle: Bundle) -> onnx.ModelProto | None:

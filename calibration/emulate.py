@@ -9,7 +9,6 @@ nothing; one that fuses nodes rounds less often.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..export.graph_files import WeightsFile, describe_graph
-from ..runtime.bundle import Bundle, open_bundle, record_file, write_manifest
+from ..runtime.bundle import Bundle, copy_files, open_bundle, record_file, write_manifest
+from ..runtime.engines import GPU_TARGET
 from ..runtime.manifest import ANY_TARGET
 from .calibrate import load_graph
 
-#: What a graph for GPUs is made for.
-GPU_TARGET = "tensorrt"
 _ROUNDED = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -90,11 +88,7 @@ def emulated_bundle(bundle: Bundle, folder: Path) -> Bundle:
             weights.save(emulate(proto) if precision != "fp32" else proto, folder / f"{name}.onnx")
             graphs.append(describe_graph(role, folder / f"{name}.onnx", precision, ANY_TARGET, weights.name))
             files += [f"{name}.onnx", weights.name]
-    owned = {name for graph in old.graphs for name in (graph.file, graph.weights)}
-    for record in old.files:
-        if record.path not in owned:
-            shutil.copyfile(bundle.path(record.path), folder / record.path)
-            files.append(record.path)
+    files += copy_files(bundle, folder, {name for graph in old.graphs for name in (graph.file, graph.weights) if name})
     write_manifest(folder, dataclasses.replace(old, graphs=tuple(graphs),
                                                files=tuple(record_file(folder, name) for name in files)))
     return open_bundle(folder, verify=False)

@@ -136,7 +136,7 @@ def keep_float32(graph: ir.Graph, overflow: Collection[str] = ()) -> dict[str, s
         overflow: names of values that FP16 cannot hold safely.
     """
     choosing = _between_norm_and_choice(graph)
-    head = head_nodes(graph)
+    head = head_nodes(graph) | _final_norm(graph)
     reasons = {}
     for node in graph:
         name = str(node.name)
@@ -147,7 +147,7 @@ def keep_float32(graph: ir.Graph, overflow: Collection[str] = ()) -> dict[str, s
         elif node in choosing:
             reasons[name] = "the choice of a code, which a small error changes"
         elif node in head:
-            reasons[name] = "the head: a code's vector, its projection and its norm"
+            reasons[name] = "the head: a code's vector, the projection and the norm of the embedding"
         elif any(value is not None and value.name in overflow for value in (*node.inputs, *node.outputs)):
             reasons[name] = "an activation too large for FP16"
     return reasons
@@ -162,6 +162,25 @@ def _first_layers(graph: ir.Graph) -> list[ir.Node]:
             found.append(node)
             if not is_weighted(node):
                 raw.update(node.outputs)
+    return found
+
+
+def _final_norm(graph: ir.Graph) -> set[ir.Node]:
+    """A norm behind which there are no more layers, what divides by it, and the layer whose result it is of."""
+    last: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        readers = [reader for value in node.outputs for reader, _ in value.uses()]
+        if all(reader in last and not is_weighted(reader) for reader in readers):
+            last.add(node)
+    found: set[ir.Node] = set()
+    behind: set[ir.Value] = set()
+    for node in graph:
+        if node in last and (node.op_type == "ReduceL2" or any(value in behind for value in node.inputs)):
+            found.add(node)
+            behind.update(node.outputs)
+            producers = [value.producer() for value in node.inputs if value is not None]
+            found.update(producer for producer in producers
+                         if producer is not None and (is_weighted(producer) or producer in last))
     return found
 
 
@@ -209,8 +228,15 @@ def _remove_roundings(model: ir.Model) -> None:
         if inner is None or not _casts_to(inner, ir.DataType.FLOAT16):
             continue
         original = inner.inputs[0]
-        if original is not None and original.dtype == ir.DataType.FLOAT and not node.outputs[0].is_graph_output():
-            ir.convenience.replace_all_uses_with(node.outputs[0], original)
+        if original is None or original.dtype != ir.DataType.FLOAT:
+            continue
+        result = node.outputs[0]
+        if result.is_graph_output():
+            if original.producer() is None or original.is_graph_output():
+                continue
+            model.graph.outputs[model.graph.outputs.index(result)] = original
+            result.name, original.name = f"{result.name}/rounded", result.name
+        ir.convenience.replace_all_uses_with(result, original)
 
 
 def _casts_to(node: ir.Node, dtype: ir.DataType) -> bool:

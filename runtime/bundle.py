@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,17 @@ def record_file(folder: Path, name: str) -> FileRecord:
     """Describe a file just written into a bundle."""
     path = folder / name
     return FileRecord(path=name, sha256=sha256_file(path), bytes=path.stat().st_size)
+
+
+def copy_files(bundle: Bundle, folder: Path, without: Collection[str]) -> list[str]:
+    """Copy a bundle's files into a folder; returns the names.
+
+    Copies, not links: onnx refuses weights of several names, as links may lead where they should not.
+    """
+    names = [record.path for record in bundle.manifest.files if record.path not in without]
+    for name in names:
+        shutil.copyfile(bundle.path(name), folder / name)
+    return names
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -23,6 +23,14 @@ class BundleError(InputError):
     """A bundle that is damaged, edited, incomplete or written for another version."""
 
 
+class EngineRefused(BundleError):
+    """An engine that is missing or was built for something else; the message holds the command that builds it."""
+
+
+class BuildFailed(DcformerError):
+    """The engine library could not build; the message holds its own reason."""
+
+
 class CheckFailed(DcformerError):
     """Two results that must agree do not, for example PyTorch and the ONNX made from it."""
 

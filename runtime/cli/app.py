@@ -35,6 +35,7 @@ COMMANDS = {
     "calibrate": ("calibrate", "Add FP16 and INT8 graphs to a bundle, from scans like those that it will see."),
     "sensitivity": ("sensitivity", "Rank layers by what INT8 does to them; find the most INT8 that keeps a target."),
     "retention": ("retention", "Show how well FP16 and INT8 keep the answers of fp32."),
+    "build": ("build", "Build TensorRT engines of a bundle's graphs, into the bundle."),
     "bench": ("bench", "Measure latency and memory: a bundle beside PyTorch, or all encoders."),
     "profile": ("profile", "Show where the time goes: phases of scoring a scan, operators of the image tower."),
 }

@@ -92,3 +92,12 @@ def test_the_runtime_feeds_what_the_graph_reads(calibrated, ct):
     assert float(half.embed_image(ct) @ exact.embed_image(ct)) > 0.999
     assert float((half.embed_text(["x is present."]) @ exact.embed_text(["x is present."]).T)[0, 0]) > 0.999
     assert half.manifest.graph("image", "fp16").inputs[0].dtype == "float16"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_embeddings_have_unit_length(calibrated, ct, precision: str):
+    """The last norm is float32 to the end: rounded to FP16, lengths would be off by 1e-4."""
+    model = load(calibrated, precision=precision)
+    for embedding in (model.embed_image(ct), model.embed_text(["no"])[0]):
+        assert abs(float(np.linalg.norm(embedding.astype(np.float64))) - 1) < 1e-6
+        assert np.abs(embedding - embedding.astype(np.float16)).max() > 0

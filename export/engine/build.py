@@ -1,0 +1,280 @@
+"""Build one engine from one ONNX file, on strongly typed networks only: precision is what the file says.
+
+One builder for ``tensorrt`` 10 and 11 and ``tensorrt_rtx``. TensorRT measures kernels on the GPU that it builds on;
+TensorRT-RTX builds anywhere, without a GPU too, and finishes on the GPU that runs the engine.
+
+Built here with ``tensorrt_rtx`` 1.7 on a CPU; with ``tensorrt`` not yet run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ...runtime.engines import EngineTensor, Layer, Shapes
+from ...runtime.errors import BuildFailed, InputError, one_line
+from .libraries import Library
+
+#: Axes whose length a profile gives.
+BATCH, SEQUENCE = "batch", "sequence"
+HARDWARE = ("none", "ampere-plus", "same-compute-capability")
+TILING = ("none", "fast", "moderate", "full")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Builder settings; None leaves the library's default.
+
+    ``batch``, ``sequence``: smallest, usual and largest of a profile. ``workspace_bytes``: scratch memory of one layer.
+    ``tf32``: let float32 be computed with 10 bits. ``gpus``: compute capabilities for TensorRT-RTX, such as "8.9";
+    empty = portable, Ampere and later. ``hardware``: for TensorRT, GPUs beside the one here. ``timing_cache``: for
+    TensorRT, where measured kernels are remembered.
+    """
+
+    batch: tuple[int, int, int] = (1, 1, 8)
+    sequence: tuple[int, int, int] = (1, 64, 512)
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    auxiliary_streams: int | None = None
+    tiling: str | None = None
+    tf32: bool = False
+    version_compatible: bool = False
+    strip_weights: bool = False
+    refit: bool = False
+    hardware: str = HARDWARE[0]
+    gpus: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+
+    def flags(self) -> dict[str, Any]:
+        """What differs from the defaults, for the record."""
+        found = {name: value for name, value in self.__dict__.items()
+                 if value != BuildOptions.__dataclass_fields__[name].default and name not in ("batch", "sequence")}
+        return {name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+                for name, value in found.items() if name != "timing_cache"}
+
+
+@dataclass(frozen=True)
+class Built:
+    """``plan``: the engine's bytes. ``profile``: shapes by input."""
+
+    plan: bytes
+    profile: dict[str, Shapes]
+    tensors: tuple[EngineTensor, ...]
+    layers: tuple[Layer, ...]
+    seconds: float
+
+
+@dataclass
+class Watch:
+    """Hears of the build's phases, and may stop it. ``on_phase``: called with each phase's name."""
+
+    on_phase: Callable[[str], None] = lambda _: None
+    stopped: bool = field(default=False, init=False)
+
+
+def build_engine(library: Library, path: Path, options: BuildOptions, watch: Watch | None = None) -> Built:
+    """Parse an ONNX file and build.
+
+    Raises:
+        BuildFailed: the parser or the builder refused; with nodes and operators, or the library's own words.
+        InputError: an option that the library does not have.
+        KeyboardInterrupt: after Ctrl-C, once the library has stopped.
+    """
+    trt = library.module
+    log = _Log(trt)
+    builder = trt.Builder(log.logger)
+    network = builder.create_network(_network_flags(trt))
+    _parse(trt, network, log, path)
+    config = builder.create_builder_config()
+    cache = _configure(library, config, options)
+    profile, shapes = _profile(builder, network, path, options)
+    config.add_optimization_profile(profile)
+    tensors, layers = _describe(trt, network), _layers(network)
+    watch = watch or Watch()
+    monitor = _monitor(trt, watch)
+    config.progress_monitor = monitor
+    start = time.perf_counter()
+    plan = _run(builder, network, config, watch)
+    if watch.stopped:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise BuildFailed(f"{path}: {library.name} {library.version} could not build it: {log.errors() or 'no reason'}")
+    if cache is not None and options.timing_cache is not None:
+        options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        options.timing_cache.write_bytes(bytes(memoryview(cache.serialize())))
+    return Built(bytes(memoryview(plan)), shapes, tensors, layers, time.perf_counter() - start)
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed, which newer releases always are."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _parse(trt: Any, network: Any, log: _Log, path: Path) -> None:
+    parser = trt.OnnxParser(network, log.logger)
+    if parser.parse_from_file(str(path)):
+        return
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    told = list(dict.fromkeys(_error(error) for error in errors)) or [log.errors()]
+    raise BuildFailed(f"{path}: the ONNX parser refuses it: {'; '.join(told)}")
+
+
+def _error(error: Any) -> str:
+    node = f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
+    return one_line(f"{node}{error.desc()}")
+
+
+def _configure(library: Library, config: Any, options: BuildOptions) -> Any:
+    """Set what was asked for; returns the timing cache, if there is one."""
+    trt = library.module
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.auxiliary_streams is not None:
+        config.max_aux_streams = options.auxiliary_streams
+    if options.tiling is not None:
+        config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, options.tiling.upper())
+    # TensorRT's default is to compute float32 with 10 bits, which nobody asked for.
+    (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    for wanted, name in ((options.version_compatible, "VERSION_COMPATIBLE"), (options.strip_weights, "STRIP_PLAN"),
+                         (options.refit, "REFIT")):
+        if wanted:
+            config.set_flag(getattr(trt.BuilderFlag, name))
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if library.is_rtx:
+        _configure_rtx(trt, config, options)
+        return None
+    if options.gpus:
+        raise InputError("--gpu: tensorrt builds for the GPU that it runs on; use --hardware, or tensorrt_rtx")
+    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel,
+                                                  options.hardware.upper().replace("-", "_"))
+    stored = options.timing_cache.read_bytes() if options.timing_cache and options.timing_cache.exists() else b""
+    cache = config.create_timing_cache(stored)
+    config.set_timing_cache(cache, False)
+    return cache
+
+
+def _configure_rtx(trt: Any, config: Any, options: BuildOptions) -> None:
+    if options.version_compatible or options.hardware != HARDWARE[0]:
+        raise InputError("--version-compatible, --hardware: tensorrt_rtx engines have neither; --gpu names their GPUs")
+    known = {name[2:-1] + "." + name[-1]: value for name, value in trt.ComputeCapability.__members__.items()
+             if name.startswith("SM")}
+    unknown = [gpu for gpu in options.gpus if gpu not in known]
+    if unknown:
+        raise InputError(f"--gpu {unknown[0]}: tensorrt_rtx builds for {', '.join(known)}, or portable engines for all "
+                         "from 8.0 on without --gpu")
+    if options.gpus:
+        config.num_compute_capabilities = len(options.gpus)
+        for index, gpu in enumerate(options.gpus):
+            config.set_compute_capability(known[gpu], index)
+
+
+def _profile(builder: Any, network: Any, path: Path, options: BuildOptions) -> tuple[Any, dict[str, Shapes]]:
+    names = _axis_names(path)
+    profile, shapes = builder.create_optimization_profile(), {}
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        sides: list[tuple[int, int, int]] = []
+        for axis, side in enumerate(tuple(tensor.shape)):
+            name = names[tensor.name][axis]
+            sides.append((side, side, side) if side >= 0 else
+                         options.sequence if name == SEQUENCE else options.batch)
+        found = Shapes(*(tuple(side[which] for side in sides) for which in range(3)))
+        profile.set_shape(tensor.name, found.smallest, found.usual, found.largest)
+        shapes[tensor.name] = found
+    return profile, shapes
+
+
+def _axis_names(path: Path) -> dict[str, list[str]]:
+    graph = onnx.load(path, load_external_data=False).graph
+    return {value.name: [axis.dim_param for axis in value.type.tensor_type.shape.dim] for value in graph.input}
+
+
+def _describe(trt: Any, network: Any) -> tuple[EngineTensor, ...]:
+    sides = ((network.num_inputs, network.get_input, True), (network.num_outputs, network.get_output, False))
+    return tuple(EngineTensor(tensor.name, is_input, _dtype(trt, tensor.dtype), tuple(tensor.shape))
+                 for count, get, is_input in sides for tensor in map(get, range(count)))
+
+
+def _dtype(trt: Any, dtype: Any) -> str:
+    names = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32",
+             "INT8": "int8", "BOOL": "bool"}
+    return next(name for kind, name in names.items() if dtype == getattr(trt.DataType, kind))
+
+
+def _layers(network: Any) -> tuple[Layer, ...]:
+    kinds = Counter(network.get_layer(index).type.name.lower() for index in range(network.num_layers))
+    return tuple(Layer(kind, count) for kind, count in kinds.most_common())
+
+
+class _Log:
+    """Collects what the library says; its errors are its only explanation of a failure."""
+
+    def __init__(self, trt: Any) -> None:
+        found: list[str] = []
+        self._found = found
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    found.append(one_line(message))
+
+        self.logger = Logger()
+
+    def errors(self) -> str:
+        """All that were seen, each once."""
+        return "; ".join(dict.fromkeys(self._found))
+
+
+def _run(builder: Any, network: Any, config: Any, watch: Watch) -> Any:
+    """Build in a thread of its own, so that Ctrl-C reaches this one; the library stops at its next step."""
+    import threading
+
+    found: list[Any] = [None]
+
+    def work() -> None:
+        found[0] = builder.build_serialized_network(network, config)
+
+    thread = threading.Thread(target=work, name="engine build", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join(0.1)
+        except KeyboardInterrupt:
+            watch.stopped = True
+    return found[0]
+
+
+def _monitor(trt: Any, watch: Watch) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            del parent_phase, num_steps
+            watch.on_phase(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            del phase_name, step
+            return not watch.stopped
+
+        def phase_finish(self, phase_name: str) -> None:
+            del phase_name
+
+    return Monitor()
+
+
+def options_as_sides(options: BuildOptions) -> Mapping[str, int]:
+    """The largest length of each dynamic axis."""
+    return {BATCH: options.batch[2], SEQUENCE: options.sequence[2]}

@@ -1,0 +1,53 @@
+"""TensorRT and TensorRT-RTX: one interface, two modules."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from ...runtime.engines import LIBRARIES
+from ...runtime.errors import InputError, MissingDependency
+
+AUTO = "auto"
+#: Where the libraries come from; both are NVIDIA's own packages.
+INSTALL = {"tensorrt": "pip install tensorrt-cu12 (or -cu13, as your driver's CUDA version)",
+           "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
+_OLDEST = 10
+
+
+@dataclass(frozen=True)
+class Library:
+    """``module``: the imported package. ``version``: such as "10.13.2.6"."""
+
+    name: str
+    module: Any
+    version: str
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX, which finishes compiling on the GPU that runs the engine."""
+        return self.name == "tensorrt_rtx"
+
+
+def load_library(name: str) -> Library:
+    """Import a library; "auto" takes tensorrt where it is installed, else tensorrt_rtx.
+
+    Raises:
+        InputError: no such library, or one too old for strongly typed networks.
+        MissingDependency: not installed.
+    """
+    if name not in (AUTO, *LIBRARIES):
+        raise InputError(f"--engine-library {name!r}: expected one of {', '.join((AUTO, *LIBRARIES))}")
+    reasons = []
+    for candidate in LIBRARIES if name == AUTO else (name,):
+        try:
+            module = importlib.import_module(candidate)
+        except ImportError as error:
+            reasons.append(f"{candidate} is not installed (or broken: {error}); {INSTALL[candidate]}")
+            continue
+        version = str(module.__version__)
+        if candidate == "tensorrt" and int(version.split(".")[0]) < _OLDEST:
+            raise InputError(f"tensorrt {version}: too old for strongly typed networks; {_OLDEST}.0 or newer is needed")
+        return Library(candidate, module, version)
+    raise MissingDependency("; ".join(reasons))

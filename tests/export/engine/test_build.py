@@ -1,0 +1,162 @@
+"""Engines from NVIDIA's own parser and builder, and bundles that hold them."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx
+import pytest
+
+from dcformer_deploy.export.engine import libraries
+from dcformer_deploy.export.engine.build import BuildOptions, Watch, build_engine
+from dcformer_deploy.export.engine.libraries import load_library
+from dcformer_deploy.runtime.bundle import open_bundle
+from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.engines import engine_records
+from dcformer_deploy.runtime.errors import BuildFailed, InputError, MissingDependency
+from dcformer_deploy.runtime.files import sha256_file
+from graphs import GraphBuilder
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def built(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibrated bundle with portable engines in every precision."""
+    out = Path(shutil.copytree(calibrated, tmp_path_factory.mktemp("built") / "bundle"))
+    assert main(["build", str(out), "--precision", "fp32,fp16,bf16,int8", "--max-batch", "4"]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def refuse(capsys: pytest.CaptureFixture[str], code: int, message: str, *arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_engines_are_in_the_bundle_with_records(built: Path, capsys):
+    bundle = open_bundle(built)
+    records = {(record.role, record.precision): record for record in engine_records(bundle)}
+    assert set(records) == {(role, name) for role in ("image", "text") for name in ("fp32", "fp16", "bf16", "int8")}
+    record = records["image", "int8"]
+    assert record.engine == "image.int8.tensorrt_rtx.portable.engine"
+    assert (record.onnx, record.weights) == ("image.int8.tensorrt.onnx", "image.int8.weights")
+    assert record.onnx_sha256 == sha256_file(built / record.onnx)
+    assert record.weights_sha256 == sha256_file(built / "image.int8.weights")
+    assert record.sha256 == sha256_file(built / record.engine)
+    assert (record.library, record.version, record.compute_capability) == ("tensorrt_rtx", trt.__version__, ("8.0+",))
+    assert record.gpu is None
+    shapes = record.profiles[0]["lines_d"]
+    assert shapes.smallest == shapes.usual == (1, 1, 64, 32, 32)
+    assert shapes.largest == (4, 1, 64, 32, 32)
+    inputs = {tensor.name: tensor.dtype for tensor in record.tensors if tensor.is_input}
+    assert inputs == dict.fromkeys(("lines_d", "lines_h", "lines_w"), "float16")
+    outputs = {tensor.name: tensor.dtype for tensor in record.tensors if not tensor.is_input}
+    assert outputs == {"image_embedding": "float32", "feature_map": "float32", "codes": "int64"}
+    kinds = {layer.kind: layer.count for layer in record.layers}
+    assert kinds["convolution"] == 36
+    assert kinds["quantize"] > 10
+    assert record.flags == {}
+    text = records["text", "fp16"].profiles[0]["input_ids"]
+    assert (text.smallest, text.largest) == ((1, 1), (4, 512))
+    assert records["image", "fp16"].bytes < records["image", "fp32"].bytes
+    assert main(["inspect", str(built)]) == 0
+
+
+def test_building_again_replaces(copy: Path):
+    before = {record.engine: record for record in engine_records(open_bundle(copy))}
+    assert main(["build", str(copy), "--precision", "fp16", "--tf32", "--max-batch", "2"]) == 0
+    after = {record.engine: record for record in engine_records(open_bundle(copy))}
+    assert set(before) == set(after)
+    name = "image.fp16.tensorrt_rtx.portable.engine"
+    assert after[name].flags == {"tf32": True}
+    assert after[name].profiles[0]["lines_d"].largest[0] == 2
+    assert after["image.fp32.tensorrt_rtx.portable.engine"] == before["image.fp32.tensorrt_rtx.portable.engine"]
+
+
+def test_engines_for_named_gpus_lie_beside(copy: Path, capsys):
+    assert main(["build", str(copy), "--precision", "fp16", "--gpu", "8.9,12.0", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["compute_capability"] for record in records] == [["8.9", "12.0"]] * 2
+    assert records[0]["engine"] == "image.fp16.tensorrt_rtx.sm89-120.engine"
+    assert len(engine_records(open_bundle(copy))) == 10
+
+
+def test_calibrating_again_removes_engines_of_what_it_replaces(copy: Path):
+    assert main(["calibrate", str(copy), "--method", "mse", "--precision", "int8", "--depthwise", "never"]) == 0
+    left = {(record.role, record.precision) for record in engine_records(open_bundle(copy))}
+    assert left == {(role, name) for role in ("image", "text") for name in ("fp32", "fp16", "bf16")}
+    assert not list(copy.glob("*int8*engine*"))
+
+
+def test_the_parser_names_node_and_operator(tmp_path: Path):
+    graph = GraphBuilder()
+    proto = graph.finish(graph.node("Det", graph.node("Relu", "x")), {"x": ["batch", 3, 3]})
+    proto.graph.node[1].name = "the_determinant"
+    onnx.save(proto, tmp_path / "g.onnx")
+    with pytest.raises(BuildFailed, match=r"g.onnx: the ONNX parser refuses it: .*'the_determinant' \(Det\)"):
+        build_engine(load_library("auto"), tmp_path / "g.onnx", BuildOptions())
+
+
+def test_the_builders_own_words(built: Path, capsys, tmp_path: Path):
+    """What needs a GPU fails here, and leaves nothing behind."""
+    before = sorted(path.name for path in built.iterdir())
+    digest = sha256_file(built / "manifest.json")
+    refuse(capsys, 2, "could not build it: ", "build", built, "--precision", "fp16", "--refit")
+    assert sorted(path.name for path in built.iterdir()) == before
+    assert sha256_file(built / "manifest.json") == digest
+    assert not [path for path in built.parent.iterdir() if path != built]
+
+
+def test_stopping_a_build(built: Path):
+    """As Ctrl-C does: the library stops at its next step."""
+    seen = []
+    watch = Watch(lambda phase: (seen.append(phase), setattr(watch, "stopped", True)))
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(load_library("tensorrt_rtx"), built / "image.fp16.onnx", BuildOptions(), watch)
+    assert "Building engine" in seen
+    assert len(seen) < 5
+    assert "engine build" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_refusals(calibrated: Path, pristine_bundle: Path, capsys):
+    refuse(capsys, 2, "--precision 'fp8': expected some of fp32, fp16, bf16, int8", "build", calibrated, "--precision",
+           "fp8")
+    refuse(capsys, 2, "no image tower in fp16; `dcformer calibrate", "build", pristine_bundle)
+    refuse(capsys, 2, "--engine-library 'trt': expected one of auto, tensorrt, tensorrt_rtx", "build", calibrated,
+           "--engine-library", "trt")
+    refuse(capsys, 2, "--gpu 9.0: tensorrt_rtx builds for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1", "build", calibrated, "--gpu",
+           "9.0")
+    refuse(capsys, 2, "--version-compatible, --hardware: tensorrt_rtx engines have neither", "build", calibrated,
+           "--version-compatible")
+    refuse(capsys, 2, "--hardware 'all': expected one of none, ampere-plus", "build", calibrated, "--hardware", "all")
+    refuse(capsys, 2, "--batch 9: more than --max-batch 8", "build", calibrated, "--batch", "9")
+    refuse(capsys, 2, "elements; TensorRT holds 2,147,483,647; the largest batch that fits is ", "build", calibrated,
+           "--max-batch", "65536")
+
+
+def test_which_library(monkeypatch: pytest.MonkeyPatch, calibrated: Path, capsys):
+    def find(found: dict[str, str]):
+        def load(name: str):
+            if name not in found:
+                raise ImportError(f"no {name}")
+            return SimpleNamespace(__version__=found[name])
+        monkeypatch.setattr(libraries.importlib, "import_module", load)
+
+    find({"tensorrt": "10.13.2", "tensorrt_rtx": "1.7"})
+    assert load_library("auto").name == "tensorrt"
+    assert load_library("tensorrt_rtx").is_rtx
+    find({"tensorrt": "8.6.1"})
+    with pytest.raises(InputError, match="tensorrt 8.6.1: too old for strongly typed networks; 10.0 or newer"):
+        load_library("auto")
+    find({})
+    with pytest.raises(MissingDependency, match="tensorrt is not installed .*; tensorrt_rtx is not installed .*; pip"):
+        load_library("auto")
