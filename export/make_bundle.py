@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backends import Options, open_graph
-from ..runtime.backends.base import BACKENDS
+from ..runtime.backends.base import CPU_BACKENDS
 from ..runtime.backends.onnxruntime import import_onnxruntime, installed_distributions
 from ..runtime.bundle import record_file, write_manifest
 from ..runtime.errors import InputError
@@ -54,7 +54,7 @@ NEGATIVE_PROMPT = "{} is not present."
 SIMILARITY_SCALE = math.e
 _TOOLS = ("dcformer-deploy", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
 _RANDOM_SEED = 0
-TARGETS = (*BACKENDS, ANY_TARGET)
+TARGETS = (*CPU_BACKENDS, ANY_TARGET)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ class InferenceError(DcformerError):
     exit_code = 3
 
 
+class DeviceLost(InferenceError):
+    """The GPU failed in a way that ends all work on it in this process."""
+
+
 class MissingDependency(DcformerError):
     """An optional package is needed and absent; the message holds the command that installs it."""
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .backends import Backend, Options, open_graph
 from .bundle import Bundle, open_bundle
+from .engines import LIBRARIES
 from .errors import BundleError, InputError
 from .manifest import Graph, Manifest, ZeroShotTask
 from .scoring import probabilities
@@ -62,7 +63,7 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
         device: "cpu" or "cuda"; never replaced silently by the other.
         threads: CPU threads of one inference; None = the cores this process may use.
         verify: compare the sha256 of every file with the manifest.
-        backend: "onnxruntime" or "openvino".
+        backend: "onnxruntime", "openvino", or with device "cuda" "tensorrt" or "tensorrt_rtx".
         precision: "fp32", or one that `dcformer calibrate` added: "fp16", "bf16", "int8". openvino needs nothing added
             for "bf16", it computes fp32 graphs so.
 
@@ -282,7 +283,7 @@ class Model:
 
     def _info(self, role: str) -> Graph:
         precision = self._options.graph_precision
-        graph = self.manifest.graph(role, precision, self._options.backend)
+        graph = self.manifest.graph(role, precision, self._options.target)
         if graph is None and self.manifest.graph(role) is not None:
             advice = "openvino computes fp32 graphs in it" if precision == "bf16" else "`dcformer calibrate` adds it"
             raise BundleError(f"{self._bundle.folder}: no {role} tower in {precision} for {self._options.backend}; "
@@ -295,6 +296,11 @@ class Model:
         with self._lock:
             if role not in self._graphs:
                 graph = self._info(role)
+                if self._options.backend in LIBRARIES:
+                    from .backends.tensorrt import TensorRtBackend
+
+                    self._graphs[role] = TensorRtBackend(self._bundle, role, self._options)
+                    return self._graphs[role]
                 if graph.weights is not None:
                     self._bundle.path(graph.weights)  # raises if it is no longer the file that was checked
                 self._graphs[role] = open_graph(self._bundle.path(graph.file), self._options)

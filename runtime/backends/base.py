@@ -9,11 +9,14 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from ..engines import GPU_TARGET, LIBRARIES
 from ..errors import InputError
 from ..manifest import PRECISIONS
 
 DEVICES = ("cpu", "cuda")
-BACKENDS = ("onnxruntime", "openvino")
+CPU_BACKENDS = ("onnxruntime", "openvino")
+#: The last two run engines that `dcformer build` makes.
+BACKENDS = (*CPU_BACKENDS, *LIBRARIES)
 #: More than any machine has cores; a library that is asked for more hangs or crashes.
 MOST_THREADS = 1024
 
@@ -46,6 +49,11 @@ class Options:
     def graph_precision(self) -> str:
         """Of the graph that is read."""
         return "fp32" if self.precision == "bf16" and self.backend == "openvino" else self.precision
+
+    @property
+    def target(self) -> str:
+        """What graphs for the back end are made for."""
+        return GPU_TARGET if self.backend in LIBRARIES else self.backend
 
     @property
     def thread_count(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..backends.base import BACKENDS
+from ..backends.base import CPU_BACKENDS
 from ..errors import InputError
 from ..manifest import ANY_TARGET, REDUCTIONS, Reduction
 from .inspect import print_agreement, print_rewrites
@@ -35,8 +35,8 @@ from .output import print_json, progress
 @click.option("--license", "weights_license", metavar="TEXT", help="Licence of the weights, for the manifest.")
 @click.option("--input", "reads", type=click.Choice(["lines", "volume"]), default="lines", show_default=True,
               help="What the image tower takes: all voxels, or only the lines of them that it reads, where it does.")
-@click.option("--target", "targets", type=click.Choice([*BACKENDS, ANY_TARGET]), multiple=True, default=BACKENDS[:1],
-              show_default=True,
+@click.option("--target", "targets", type=click.Choice([*CPU_BACKENDS, ANY_TARGET]), multiple=True,
+              default=CPU_BACKENDS[:1], show_default=True,
               help="Back end to be fast on, can be repeated: rewrites that pay only on some are measured here, and a "
                    "graph with those that do is added to the one for any back end.")
 @click.option("--without-rewrite", "without", multiple=True, metavar="RULE",

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..backends import Options
-from ..backends.base import BACKENDS, MOST_THREADS
+from ..backends.base import CPU_BACKENDS, MOST_THREADS
 from ..files import require_file
 from ..manifest import PRECISIONS
 from .options import bundle_argument, json_option
@@ -20,7 +20,7 @@ from .output import print_json, print_table
               help="Also score this file and show the phases: reading, preprocessing, image tower, scores.")
 @click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Measured inferences.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
-@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
+@click.option("--backend", type=click.Choice(CPU_BACKENDS), default=CPU_BACKENDS[0], show_default=True,
               help="Inference library.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], show_default=True,
               help="fp32, or what `dcformer calibrate` added; bf16: openvino computing in bfloat16.")

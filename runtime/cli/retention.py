@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ..backends import Options
-from ..backends.base import BACKENDS, MOST_THREADS
+from ..backends.base import CPU_BACKENDS, MOST_THREADS
 from ..bundle import Bundle, open_bundle
 from ..errors import InputError, one_line
 from ..manifest import PRECISIONS
@@ -26,7 +26,7 @@ from .output import print_json, print_table, progress, warn_if_untrained
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N scans.")
 @click.option("--precision", "precisions", metavar="NAME,NAME",
               help="What to compare with fp32; default: what the bundle has. 'bf16': openvino computing in bfloat16.")
-@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
+@click.option("--backend", type=click.Choice(CPU_BACKENDS), default=CPU_BACKENDS[0], show_default=True,
               help="Inference library, for fp32 and all others.")
 @click.option("--emulate", is_flag=True,
               help="Compare the graphs for GPUs, run here with every FP16 or BF16 value rounded as on a GPU.")
@@ -49,8 +49,8 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
     from ...calibration.retention import REFERENCE, compare, graph_noise
     from ...calibration.scans import choose_scans
 
-    if emulate and backend != BACKENDS[0]:
-        raise InputError(f"--emulate: runs in {BACKENDS[0]}; drop --backend {backend}")
+    if emulate and backend != CPU_BACKENDS[0]:
+        raise InputError(f"--emulate: runs in {CPU_BACKENDS[0]}; drop --backend {backend}")
     opened = open_bundle(bundle)
     with contextlib.ExitStack() as stack:
         if emulate:

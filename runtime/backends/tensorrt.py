@@ -1,0 +1,290 @@
+"""TensorRT and TensorRT-RTX engines.
+
+Each request takes a slot from a bounded pool: an execution context, a stream, one block of device memory and pinned
+staging for all inputs and outputs at the largest profile. Where TensorRT runs the same shapes again, its kernels are
+replayed as one CUDA graph; TensorRT-RTX captures by itself.
+
+Loading is refused by real ``tensorrt_rtx`` objects in the tests; what runs has been run with a faked driver and engine
+only (which compute with ONNX Runtime), on a GPU not yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import Bundle
+from ..engines import EngineRecord, Gpu, build_command, find_engine, require_loadable
+from ..errors import DeviceUnavailable, EngineRefused, InferenceError, InputError, MissingDependency, one_line
+from ..files import atomic_file, cache_folder
+from ..gpu import current_gpu
+from .base import Options
+from .device import Device, Memory, Stream, plan_buffers
+
+#: Requests that may run at once, each with memory of its own.
+SLOTS = 2
+
+
+class TensorRtBackend:
+    """An engine of a bundle. See ``Backend``; inputs may also be arrays on the device.
+
+    Args:
+        slots: requests that may run at once; others wait for one to end.
+    """
+
+    def __init__(self, bundle: Bundle, role: str, options: Options, slots: int = SLOTS) -> None:
+        if options.device != "cuda":
+            raise DeviceUnavailable(f"device {options.device!r}: the {options.backend} back end runs on a GPU; pass "
+                                    "--device cuda")
+        gpu = current_gpu()
+        trt, version = _import(options.backend)
+        self._record = find_engine(bundle, role, options.precision, options.backend, gpu)
+        path = require_loadable(bundle, self._record, version, gpu)
+        self._trt, self._is_rtx = trt, options.backend == "tensorrt_rtx"
+        self._device = Device()
+        self._device.use()
+        self._engine, self._log = _deserialize(trt, path, self._record, bundle.folder)
+        self._config, self._cache = self._runtime_config(gpu) if self._is_rtx else (None, None)
+        self._shapes = _Shapes(self._record)
+        self._free = threading.BoundedSemaphore(slots)
+        self._idle: list[_Slot] = []
+        self._lock = threading.Lock()
+        self._description = f"{options.backend} {version}, {gpu.name}, {self._record.engine}"
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Compute the named outputs.
+
+        Args:
+            feeds: numpy arrays, or arrays on the device with ``__cuda_array_interface__`` (torch, CuPy, PyCUDA), which
+                are read where they are.
+
+        Raises:
+            InputError: shapes beyond the engine's profile, or another dtype.
+            InferenceError: out of memory, or the library failed; the engine stays usable.
+            DeviceLost: the GPU failed; nothing stays usable.
+        """
+        inputs = {name: self._shapes.check(name, feeds[name]) for name in self._shapes.inputs}
+        self._device.use()
+        with self._slot() as slot:
+            return slot.run(inputs, outputs)
+
+    def describe(self) -> str:
+        """Library, version, GPU and engine."""
+        return self._description
+
+    @contextmanager
+    def _slot(self) -> Iterator[_Slot]:
+        with self._free:
+            with self._lock:
+                slot = self._idle.pop() if self._idle else None
+            slot = slot or _Slot(self._device, self._context(), self._shapes, self._is_rtx, self._log)
+            try:
+                yield slot
+            except BaseException:
+                slot.close()  # its stream may still be busy with what failed: the next request makes a new one
+                raise
+            with self._lock:
+                self._idle.append(slot)
+
+    def _context(self) -> Any:
+        context = (self._engine.create_execution_context() if self._config is None else
+                   self._engine.create_execution_context(self._config))
+        if context is None:
+            raise InferenceError(f"{self._record.engine}: no execution context ({self._log.last()}); most often for "
+                                 "want of GPU memory")
+        return context
+
+    def _runtime_config(self, gpu: Gpu) -> tuple[Any, Any]:
+        """TensorRT-RTX compiles for the GPU at first use; what it compiled is kept for the next start."""
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        cache = config.create_runtime_cache()
+        path = self._cache_path(gpu)
+        if path.exists():
+            cache.deserialize(path.read_bytes())
+        config.set_runtime_cache(cache)
+        return config, (cache, path)
+
+    def _cache_path(self, gpu: Gpu) -> Path:
+        name = f"{self._record.sha256[:20]}-{gpu.compute_capability}-{self._record.version}.cache"
+        return cache_folder() / "tensorrt_rtx" / name
+
+    def save_cache(self) -> None:
+        """Keep what TensorRT-RTX has compiled; call once it has run. Nothing to do for TensorRT."""
+        if self._cache is not None:
+            cache, path = self._cache
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(bytes(memoryview(cache.serialize())))
+
+
+class _Shapes:
+    """What the record says of inputs and outputs."""
+
+    def __init__(self, record: EngineRecord) -> None:
+        self._record = record
+        self._profile = record.profiles[0]
+        self.inputs = [tensor.name for tensor in record.tensors if tensor.is_input]
+        self.outputs = [tensor.name for tensor in record.tensors if not tensor.is_input]
+        self.dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in record.tensors}
+        self._declared = {tensor.name: tensor.shape for tensor in record.tensors}
+
+    def check(self, name: str, array: Any) -> Any:
+        """The input itself, contiguous on the host, if the engine takes it."""
+        profile = self._profile[name]
+        on_device = hasattr(array, "__cuda_array_interface__")
+        if not on_device:
+            array = np.ascontiguousarray(array)
+        shape, dtype = tuple(array.shape), _dtype_of(array)
+        if dtype != self.dtypes[name]:
+            raise InputError(f"{name}: {dtype}; the engine takes {self.dtypes[name]}")
+        if len(shape) != len(profile.largest) or not all(
+                low <= side <= high for low, side, high in zip(profile.smallest, shape, profile.largest, strict=True)):
+            raise InputError(f"{name}: {list(shape)}; the engine {self._record.engine} was built for "
+                             f"{list(profile.smallest)} to {list(profile.largest)}; split the batch, or build with a "
+                             "larger --max-batch")
+        if on_device and array.__cuda_array_interface__.get("strides") is not None and not _is_packed(array):
+            raise InputError(f"{name}: an array on the device with gaps; make it contiguous first")
+        return array
+
+    def largest_bytes(self) -> dict[str, int]:
+        """By tensor, at the largest profile."""
+        batch = max(shapes.largest[0] for shapes in self._profile.values())
+        sizes = {}
+        for name, declared in self._declared.items():
+            shape = self._profile[name].largest if name in self._profile else \
+                tuple(batch if side < 0 else side for side in declared)
+            sizes[name] = math.prod(shape) * self.dtypes[name].itemsize
+        return sizes
+
+
+class _Slot:
+    """What one request at a time uses."""
+
+    def __init__(self, device: Device, context: Any, shapes: _Shapes, is_rtx: bool, log: _Log) -> None:
+        self._device, self._context, self._shapes, self._is_rtx, self._log = device, context, shapes, is_rtx, log
+        self._memory = Memory(device, plan_buffers(shapes.largest_bytes()))
+        try:
+            self._stream = Stream(device)
+        except BaseException:
+            self._memory.close()
+            raise
+        self._graphs: dict[tuple[Any, ...], Any] = {}
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Upload, compute, download, wait."""
+        addresses, uploads, own = {}, [], True
+        for name, array in inputs.items():
+            if hasattr(array, "__cuda_array_interface__"):
+                own = False
+                addresses[name] = int(array.__cuda_array_interface__["data"][0])
+            else:
+                self._memory.view(name, array.shape, array.dtype)[...] = array
+                addresses[name] = self._memory.address(name)
+                uploads.append((name, array.nbytes))
+            self._require(self._context.set_input_shape(name, tuple(array.shape)), f"the shape of {name}")
+        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in self._shapes.outputs}
+        addresses |= {name: self._memory.address(name) for name in self._shapes.outputs}
+        for name, address in addresses.items():
+            self._require(self._context.set_tensor_address(name, address), f"the address of {name}")
+        if not own:
+            self._device.call("cuCtxSynchronize")  # whoever made the arrays may still be writing them
+        for name, size in uploads:
+            self._stream.upload(self._memory.address(name), self._memory.staging(name), size)
+        # Arrays of others lie elsewhere each time, and a graph holds addresses.
+        self._compute(tuple(sorted((name, tuple(array.shape)) for name, array in inputs.items())) if own else None)
+        for name in outputs:
+            size = math.prod(shapes[name]) * self._shapes.dtypes[name].itemsize
+            self._stream.download(self._memory.staging(name), self._memory.address(name), size)
+        self._stream.wait()
+        # Copies: the staging memory is the next request's.
+        return [self._memory.view(name, shapes[name], self._shapes.dtypes[name]).copy() for name in outputs]
+
+    def _compute(self, key: tuple[Any, ...] | None) -> None:
+        """Enqueue the engine: at first as it is, which lets it allocate; the second time recorded; then replayed."""
+        if self._is_rtx or key is None or key not in self._seen:
+            self._enqueue()
+            if key is not None:
+                self._seen.add(key)
+            return
+        if key not in self._graphs:
+            self._graphs[key] = self._stream.capture(self._enqueue)
+        self._stream.replay(self._graphs[key])
+
+    def _enqueue(self) -> None:
+        self._require(self._context.execute_async_v3(self._stream.handle), "to run")
+
+    def _require(self, accepted: bool, what: str) -> None:
+        if not accepted:
+            raise InferenceError(f"the engine refused {what}: {self._log.last()}")
+
+    def close(self) -> None:
+        """Give memory and stream back."""
+        self._memory.close()
+        self._stream.close()
+
+
+class _Log:
+    """Keeps the library's errors."""
+
+    def __init__(self, trt: Any) -> None:
+        found: list[str] = []
+        self._found = found
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    found.append(one_line(message))
+
+        self.logger = Logger()
+
+    def last(self) -> str:
+        """The last error."""
+        return self._found[-1] if self._found else "no reason given"
+
+
+def _import(name: str) -> tuple[Any, str]:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        package = {"tensorrt": "tensorrt-cu12 or -cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}[name]
+        raise MissingDependency(f"the {name} back end: not installed (or broken: {error}); pip install {package}"
+                                ) from error
+    return module, str(module.__version__)
+
+
+def _deserialize(trt: Any, path: Path, record: EngineRecord, folder: Path) -> tuple[Any, _Log]:
+    log = _Log(trt)
+    runtime = trt.Runtime(log.logger)
+    engine = runtime.deserialize_cuda_engine(path.read_bytes()) if runtime else None
+    if engine is None:
+        raise EngineRefused(f"{path}: {record.library} {record.version} refuses it here: {log.last()}; run on this "
+                            f"machine: {build_command(folder, record.precision, record.library)}")
+    return engine, log
+
+
+def _dtype_of(array: Any) -> np.dtype[Any]:
+    if hasattr(array, "__cuda_array_interface__"):
+        return np.dtype(array.__cuda_array_interface__["typestr"])
+    return array.dtype
+
+
+def _is_packed(array: Any) -> bool:
+    """Whether strides are those of a C-contiguous array."""
+    expected, step = [], _dtype_of(array).itemsize
+    for side in reversed(tuple(array.shape)):
+        expected.append(step)
+        step *= side
+    return tuple(reversed(expected)) == tuple(array.__cuda_array_interface__["strides"])

@@ -1,0 +1,198 @@
+# ruff: noqa: N802, N815 - the names are NVIDIA's
+"""A CUDA driver and a TensorRT that compute on the CPU: what is faked is where and when, never the result.
+
+Device memory is the host's, at addresses of its own; copies and engines run only when their stream is waited for, in
+order, so that a result that is read too early is wrong. Engines compute with ONNX Runtime, with every 16-bit rounding.
+"""
+
+import ctypes
+import enum
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from dcformer_deploy.calibration.emulate import emulate
+from dcformer_deploy.runtime.engines import EngineRecord
+
+Status = enum.IntEnum("Status", {"CUDA_SUCCESS": 0, "CUDA_ERROR_OUT_OF_MEMORY": 2, "CUDA_ERROR_NO_DEVICE": 100,
+                                 "CUDA_ERROR_INVALID_VALUE": 1, "CUDA_ERROR_ILLEGAL_ADDRESS": 700})
+
+
+class FakeDriver:
+    """As ``cuda.bindings.driver``. ``fail``: function names with the status that their next call answers."""
+
+    CUresult = Status
+    CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
+                                         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76)
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        self.capability, self.fail, self.calls = capability, {}, []
+        self.blocks: dict[int, Any] = {}
+        self.streams: dict[int, list[Callable[[], None]]] = {}
+        self.captured: dict[int, list[Callable[[], None]]] = {}
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self._handles = itertools.count(1)
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            return object.__getattribute__(self, name)
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            if name in self.fail:
+                return (self.fail.pop(name),)
+            found = object.__getattribute__(self, name)(*arguments)
+            return (Status.CUDA_SUCCESS,) if found is None else (Status.CUDA_SUCCESS, found)
+
+        return call
+
+    def cuInit(self, flags: int) -> None: ...
+    def cuDeviceGet(self, index: int) -> int: return index
+    def cuDeviceGetName(self, size: int, device: int) -> bytes: return b"NVIDIA H100".ljust(size, b"\0")
+    def cuDeviceTotalMem(self, device: int) -> int: return 80 << 30
+    def cuDeviceGetAttribute(self, which: int, device: int) -> int: return self.capability[which - 75]
+    def cuDevicePrimaryCtxRetain(self, device: int) -> int: return 1
+    def cuCtxSetCurrent(self, context: int) -> None: ...
+    def cuCtxSynchronize(self) -> None: ...
+
+    def cuMemAlloc(self, size: int) -> int:
+        block = ctypes.create_string_buffer(b"\xff" * (size + 255), size + 255)  # NaN, where nothing was written
+        address = -(-ctypes.addressof(block) // 256) * 256
+        self.blocks[address] = block
+        return address
+
+    cuMemAllocHost = cuMemAlloc
+
+    def cuMemFree(self, address: int) -> None:
+        del self.blocks[address]
+
+    cuMemFreeHost = cuMemFree
+
+    def cuStreamCreate(self, flags: int) -> int:
+        handle = next(self._handles)
+        self.streams[handle] = []
+        return handle
+
+    def cuStreamDestroy(self, stream: int) -> None:
+        del self.streams[stream]
+
+    def enqueue(self, stream: int, work: Callable[[], None]) -> None:
+        self.captured.get(stream, self.streams[stream]).append(work)
+
+    def _copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None)
+
+    cuMemcpyHtoDAsync = cuMemcpyDtoHAsync = _copy
+
+    def cuStreamSynchronize(self, stream: int) -> None:
+        work, self.streams[stream] = self.streams[stream], []
+        for one in work:
+            one()
+
+    def cuStreamBeginCapture(self, stream: int, mode: int) -> None:
+        self.captured[stream] = []
+
+    def cuStreamEndCapture(self, stream: int) -> int:
+        handle = next(self._handles)
+        self.graphs[handle] = self.captured.pop(stream)
+        return handle
+
+    def cuGraphInstantiate(self, graph: int, flags: int) -> int: return graph
+
+    def cuGraphLaunch(self, graph: int, stream: int) -> None:
+        for work in self.graphs[graph]:
+            self.enqueue(stream, work)
+
+
+class FakeTensorRt:
+    """As ``tensorrt`` or ``tensorrt_rtx``.
+
+    Args:
+        engines: by the engine's bytes: its record, and the graph that it was built from.
+    """
+
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR = 1, 0
+
+        def __init__(self) -> None: ...
+
+    def __init__(self, driver: FakeDriver, version: str, engines: dict[bytes, tuple[EngineRecord, onnx.ModelProto]]
+                 ) -> None:
+        self.driver, self.__version__, self.engines = driver, version, engines
+        self.contexts = 0
+        self.compiled = b""
+
+    def Runtime(self, logger: Any) -> Any:
+        def deserialize(data: bytes) -> Any:
+            if data not in self.engines:
+                logger.log(self.ILogger.ERROR, "the plan file is corrupt")
+                return None
+            return _Engine(self, *self.engines[data])
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+
+class _Engine:
+    def __init__(self, library: FakeTensorRt, record: EngineRecord, proto: onnx.ModelProto) -> None:
+        self._library, self._record = library, record
+        self._session = onnxruntime.InferenceSession(emulate(proto).SerializeToString(),
+                                                     providers=["CPUExecutionProvider"])
+
+    def create_runtime_config(self) -> Any:
+        cache = SimpleNamespace(deserialize=lambda data: setattr(self._library, "compiled", data),
+                                serialize=lambda: b"compiled")
+        return SimpleNamespace(create_runtime_cache=lambda: cache, set_runtime_cache=lambda _: None)
+
+    def create_execution_context(self, config: Any = None) -> Any:
+        self._library.contexts += 1
+        return _Context(self._library.driver, self._record, self._session)
+
+
+class _Context:
+    def __init__(self, driver: FakeDriver, record: EngineRecord, session: Any) -> None:
+        self._driver, self._session = driver, session
+        self._tensors = {tensor.name: tensor for tensor in record.tensors}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        batch = next(iter(self._shapes.values()))[0]
+        return tuple(batch if side < 0 else side for side in self._tensors[name].shape)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        ours = any(start <= address < start + len(block) for start, block in self._driver.blocks.items())
+        assert address % 256 == 0 or not ours
+        self._addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        addresses, shapes = dict(self._addresses), dict(self._shapes)
+        outputs = [name for name, tensor in self._tensors.items() if not tensor.is_input]
+        results = {name: self.get_tensor_shape(name) for name in outputs}
+
+        def work() -> None:
+            feeds = {name: self._at(name, addresses[name], shape).astype(
+                np.float32 if self._tensors[name].dtype == "float16" else self._tensors[name].dtype)
+                for name, shape in shapes.items()}
+            for name, array in zip(outputs, self._session.run(outputs, feeds), strict=True):
+                self._at(name, addresses[name], results[name])[...] = array
+
+        self._driver.enqueue(stream, work)
+        return True
+
+    def _at(self, name: str, address: int, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = np.dtype(self._tensors[name].dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape)

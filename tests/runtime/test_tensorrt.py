@@ -1,0 +1,233 @@
+"""The TensorRT back end on a faked driver: buffers, graphs, the pool, errors; and real refusals without a GPU."""
+
+import dataclasses
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from fake_gpu import FakeDriver, FakeTensorRt, Status
+
+from dcformer_deploy.calibration.emulate import emulated_bundle
+from dcformer_deploy.runtime import InputError, gpu, load
+from dcformer_deploy.runtime.backends import Options, device, tensorrt
+from dcformer_deploy.runtime.backends.device import plan_buffers
+from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
+from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.engines import engine_records
+from dcformer_deploy.runtime.errors import DcformerError, DeviceLost, DeviceUnavailable, EngineRefused, InferenceError
+from dcformer_deploy.runtime.model import Model
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def built(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real engines of tensorrt_rtx in FP16, and beside each one that says it is of tensorrt for the fake GPU."""
+    out = Path(shutil.copytree(calibrated, tmp_path_factory.mktemp("engines") / "bundle"))
+    assert main(["build", str(out), "--precision", "fp16", "--max-batch", "3"]) == 0
+    bundle = open_bundle(out)
+    files = list(bundle.manifest.files)
+    for record in engine_records(bundle):
+        name = record.engine.replace("tensorrt_rtx.portable", "tensorrt.sm90")
+        shutil.copy(out / record.engine, out / name)
+        other = dataclasses.replace(record, engine=name, library="tensorrt", version="10.13.2",
+                                    compute_capability=("9.0",))
+        (out / other.files[1]).write_text(other.to_json())
+        files += [record_file(out, file) for file in other.files]
+    write_manifest(out, dataclasses.replace(bundle.manifest, files=tuple(files)))
+    return out
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    for module in (gpu, device):
+        monkeypatch.setattr(module, "import_driver", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def library(driver: FakeDriver, built: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    records = engine_records(open_bundle(built))
+    engines = {(built / record.engine).read_bytes(): (record, onnx.load(built / record.onnx)) for record in records}
+    fake = FakeTensorRt(driver, "10.13.2", engines)
+    versions = {record.library: record.version for record in records}
+    monkeypatch.setattr(tensorrt, "_import", lambda name: (fake, versions[name]))
+    return fake
+
+
+def _model(built: Path, backend: str = "tensorrt") -> Model:
+    return load(built, device="cuda", backend=backend, precision="fp16")
+
+
+def _volumes(model: Model, count: int) -> np.ndarray:
+    shape = model.manifest.preprocessing.shape_dhw
+    return np.random.default_rng(count).uniform(-1, 1, (count, *shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The same graphs in ONNX Runtime, with every rounding."""
+    folder = tmp_path_factory.mktemp("emulated")
+    return Model(emulated_bundle(open_bundle(built), folder), Options(precision="fp16"))
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_outputs_are_the_engines(built: Path, expected: Model, library: FakeTensorRt, backend: str):
+    """Batches of several sizes, again and again, as kernels are recorded the second time and replayed from then on."""
+    model = _model(built, backend)
+    for count in (1, 3, 1, 2, 1, 3, 1):
+        volumes = _volumes(model, count)
+        found, wanted = model.image_outputs(volumes), expected.image_outputs(volumes)
+        assert set(found) == {"image_embedding", "feature_map", "codes"}
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(found[name], array)
+    assert library.contexts == 1
+    assert library.driver.calls.count("cuMemAlloc") == 1
+    captures, launches = (library.driver.calls.count(name) for name in ("cuStreamEndCapture", "cuGraphLaunch"))
+    assert (captures, launches) == {"tensorrt": (2, 4), "tensorrt_rtx": (0, 0)}[backend]
+    texts = ["There is emphysema.", "no"]
+    np.testing.assert_array_equal(model.embed_text(texts), expected.embed_text(texts))
+    assert f"{backend} " in model.describe()
+    assert "NVIDIA H100" in model.describe()
+
+
+def test_arrays_on_the_device_are_read_where_they_are(built: Path, expected: Model, library: FakeTensorRt):
+    class OnDevice:
+        def __init__(self, array: np.ndarray, strides: tuple[int, ...] | None = None) -> None:
+            self.shape, self._array = array.shape, array
+            self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 3,
+                                             "data": (array.ctypes.data, False), "strides": strides}
+
+    options = Options("cuda", backend="tensorrt", precision="fp16")
+    backend = tensorrt.TensorRtBackend(open_bundle(built), "image", options)
+    graph = expected.manifest.graph("image", "fp16")
+    assert graph is not None
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        host = {info.name: rng.uniform(-1, 1, (2, *info.axes[1:])).astype(np.float16) for info in graph.inputs}
+        (found,) = backend.run({name: OnDevice(array) for name, array in host.items()}, ["feature_map"])
+        (wanted,) = backend.run(host, ["feature_map"])
+        np.testing.assert_array_equal(found, wanted)
+    assert library.driver.calls.count("cuCtxSynchronize") == 3
+    uploads = library.driver.calls.count("cuMemcpyHtoDAsync")
+    assert uploads == 9  # of the host's arrays alone
+    gaps = {name: OnDevice(array, (1,) * array.ndim) for name, array in host.items()}
+    with pytest.raises(InputError, match="lines_d: an array on the device with gaps"):
+        backend.run(gaps, ["feature_map"])
+    packed = {name: OnDevice(array, array.strides) for name, array in host.items()}
+    np.testing.assert_array_equal(backend.run(packed, ["feature_map"])[0], wanted)
+
+
+def test_what_an_engine_does_not_take(built: Path, library: FakeTensorRt):
+    model = _model(built)
+    with pytest.raises(InputError, match=r"lines_d: \[4, 1, 64, 32, 32\]; the engine image.fp16.tensorrt.sm90.engine "
+                       r"was built for \[1, 1, 64, 32, 32\] to \[3, 1, 64, 32, 32\]; split the batch, or build with"):
+        model.image_outputs(_volumes(model, 4))
+    backend = model._graph("image")
+    feeds = {name: np.zeros((1, 1, 64, 32, 32), np.float32) for name in ("lines_d", "lines_h", "lines_w")}
+    with pytest.raises(InputError, match="lines_d: float32; the engine takes float16"):
+        backend.run(feeds, ["feature_map"])
+    assert model.image_outputs(_volumes(model, 1))  # and goes on
+
+
+def test_requests_at_once(built: Path, expected: Model, library: FakeTensorRt):
+    """Eight threads on two slots: everyone gets his own answer."""
+    model = _model(built)
+    volumes = [_volumes(model, count % 3 + 1) for count in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda v: model.image_outputs(v, ["feature_map"])["feature_map"], volumes))
+    for array, one in zip(found, volumes, strict=True):
+        np.testing.assert_array_equal(array, expected.image_outputs(one, ["feature_map"])["feature_map"])
+    assert 1 <= library.contexts <= tensorrt.SLOTS
+
+
+def test_waiting_for_a_slot(built: Path, library: FakeTensorRt):
+    """A third request waits until one of two ends."""
+    options = Options("cuda", backend="tensorrt", precision="fp16")
+    backend = tensorrt.TensorRtBackend(open_bundle(built), "text", options, slots=2)
+    feeds = {name: np.ones((1, 4), np.int64) for name in ("input_ids", "attention_mask")}
+    with backend._slot(), backend._slot():
+        waiting = threading.Thread(target=lambda: backend.run(feeds, ["text_embedding"]), daemon=True)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert library.contexts == 2
+
+
+@pytest.mark.parametrize("call", [
+    "cuMemAlloc", "cuMemAllocHost", "cuStreamCreate", "cuStreamSynchronize", "cuGraphLaunch"])
+def test_out_of_memory_and_on(built: Path, expected: Model, library: FakeTensorRt, call: str):
+    """One request fails; its memory is given back, and the next works."""
+    model = _model(built)
+    volumes = _volumes(model, 1)
+    model.describe()
+    for turn in range(4):
+        if turn == (2 if call == "cuGraphLaunch" else 0):
+            library.driver.fail[call] = Status.CUDA_ERROR_OUT_OF_MEMORY
+            with pytest.raises(InferenceError, match=rf"out of GPU memory \({call}\); use a smaller batch"):
+                model.image_outputs(volumes)
+            assert not library.driver.blocks
+            assert not library.driver.streams
+        np.testing.assert_array_equal(model.image_outputs(volumes)["codes"], expected.image_outputs(volumes)["codes"])
+    assert len(library.driver.blocks) == 2
+
+
+def test_a_lost_device_says_so(built: Path, library: FakeTensorRt):
+    model = _model(built)
+    volumes = _volumes(model, 1)
+    model.image_outputs(volumes)
+    library.driver.fail["cuStreamSynchronize"] = Status.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(DeviceLost, match=r"the GPU failed in cuStreamSynchronize \(CUDA_ERROR_ILLEGAL_ADDRESS\)"):
+        model.image_outputs(volumes)
+    with pytest.raises(DeviceLost, match="the GPU failed before .*; nothing can run on it in this process any more"):
+        model.image_outputs(volumes)
+
+
+def test_engines_that_do_not_fit(built: Path, library: FakeTensorRt, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tensorrt, "_import", lambda name: (library, "10.14.0"))
+    with pytest.raises(EngineRefused, match=r"built by tensorrt 10.13.2, here is 10.14.0; run: dcformer build .*"
+                       "--precision fp16 --engine-library tensorrt"):
+        _model(built).describe()
+    monkeypatch.setattr(tensorrt, "_import", lambda name: (library, "10.13.2"))
+    library.driver.capability = (8, 9)
+    with pytest.raises(EngineRefused, match="built for compute capability 9.0, this NVIDIA H100 has 8.9"):
+        _model(built).describe()
+    library.driver.capability = (9, 0)
+    library.engines.clear()
+    with pytest.raises(EngineRefused, match="refuses it here: the plan file is corrupt; run on this machine: dcformer"):
+        _model(built).describe()
+    with pytest.raises(EngineRefused, match="no tensorrt engine of the image tower in int8"):
+        load(built, device="cuda", backend="tensorrt", precision="int8").describe()
+
+
+def test_what_rtx_compiled_is_kept(built: Path, library: FakeTensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = Options("cuda", backend="tensorrt_rtx", precision="fp16")
+    backend = tensorrt.TensorRtBackend(open_bundle(built), "image", options)
+    assert library.compiled == b""
+    backend.save_cache()
+    tensorrt.TensorRtBackend(open_bundle(built), "image", options)
+    assert library.compiled == b"compiled"
+
+
+def test_without_a_gpu(built: Path):
+    """Nothing is faked."""
+    with pytest.raises(DeviceUnavailable, match="device 'cpu': the tensorrt_rtx back end runs on a GPU; pass --device"):
+        load(built, backend="tensorrt_rtx", precision="fp16").describe()
+    if gpu.gpu_or_none() is None:
+        with pytest.raises(DcformerError) as caught:
+            _model(built, "tensorrt_rtx").describe()
+        assert caught.value.exit_code == 3
+
+
+def test_tensors_begin_where_tensorrt_wants_them():
+    plan = plan_buffers({"a": 1, "b": 256, "c": 257, "empty": 0, "d": 8})
+    assert plan.offsets == {"a": 0, "b": 256, "c": 512, "empty": 1024, "d": 1280}
+    assert plan.total_bytes == 1536
