@@ -6,18 +6,26 @@ order, so that a result that is read too early is wrong. Engines compute with ON
 """
 
 import ctypes
+import dataclasses
 import enum
 import itertools
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 
 from dcformer_deploy.calibration.emulate import emulate
-from dcformer_deploy.runtime.engines import EngineRecord
+from dcformer_deploy.runtime import gpu
+from dcformer_deploy.runtime.backends import device, tensorrt
+from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
+from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.engines import EngineRecord, engine_records
 
 Status = enum.IntEnum("Status", {"CUDA_SUCCESS": 0, "CUDA_ERROR_OUT_OF_MEMORY": 2, "CUDA_ERROR_NO_DEVICE": 100,
                                  "CUDA_ERROR_INVALID_VALUE": 1, "CUDA_ERROR_ILLEGAL_ADDRESS": 700})
@@ -124,9 +132,8 @@ class FakeTensorRt:
 
         def __init__(self) -> None: ...
 
-    def __init__(self, driver: FakeDriver, version: str, engines: dict[bytes, tuple[EngineRecord, onnx.ModelProto]]
-                 ) -> None:
-        self.driver, self.__version__, self.engines = driver, version, engines
+    def __init__(self, driver: FakeDriver, engines: dict[bytes, tuple[EngineRecord, onnx.ModelProto]]) -> None:
+        self.driver, self.engines = driver, engines
         self.contexts = 0
         self.compiled = b""
 
@@ -196,3 +203,34 @@ class _Context:
         dtype = np.dtype(self._tensors[name].dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape)
+
+
+def with_engines(bundle: Path, out: Path) -> Path:
+    """A copy of a calibrated bundle with real FP16 engines of tensorrt_rtx, and for each one that says it is of
+    tensorrt for the fake GPU."""
+    shutil.copytree(bundle, out)
+    assert main(["build", str(out), "--precision", "fp16", "--max-batch", "3"]) == 0
+    opened = open_bundle(out)
+    files = list(opened.manifest.files)
+    for record in engine_records(opened):
+        name = record.engine.replace("tensorrt_rtx.portable", "tensorrt.sm90")
+        shutil.copy(out / record.engine, out / name)
+        other = dataclasses.replace(record, engine=name, library="tensorrt", version="10.13.2",
+                                    compute_capability=("9.0",))
+        (out / other.files[1]).write_text(other.to_json())
+        files += [record_file(out, file) for file in other.files]
+    write_manifest(out, dataclasses.replace(opened.manifest, files=tuple(files)))
+    return out
+
+
+def install(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    """Put driver and library in the place of the real ones, knowing the engines of a bundle."""
+    driver = FakeDriver()
+    for module in (gpu, device):
+        monkeypatch.setattr(module, "import_driver", lambda: driver)
+    records = engine_records(open_bundle(bundle))
+    fake = FakeTensorRt(driver, {(bundle / record.engine).read_bytes(): (record, onnx.load(bundle / record.onnx))
+                                 for record in records})
+    versions = {record.library: record.version for record in records}
+    monkeypatch.setattr(tensorrt, "_import", lambda name: (fake, versions[name]))
+    return fake

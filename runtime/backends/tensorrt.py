@@ -38,15 +38,17 @@ class TensorRtBackend:
 
     Args:
         slots: requests that may run at once; others wait for one to end.
+        record: of the engine to run; None = the bundle's for this tower, precision and GPU.
     """
 
-    def __init__(self, bundle: Bundle, role: str, options: Options, slots: int = SLOTS) -> None:
+    def __init__(self, bundle: Bundle, role: str, options: Options, slots: int = SLOTS,
+                 record: EngineRecord | None = None) -> None:
         if options.device != "cuda":
             raise DeviceUnavailable(f"device {options.device!r}: the {options.backend} back end runs on a GPU; pass "
                                     "--device cuda")
         gpu = current_gpu()
         trt, version = _import(options.backend)
-        self._record = find_engine(bundle, role, options.precision, options.backend, gpu)
+        self._record = record or find_engine(bundle, role, options.precision, options.backend, gpu)
         path = require_loadable(bundle, self._record, version, gpu)
         self._trt, self._is_rtx = trt, options.backend == "tensorrt_rtx"
         self._device = Device()

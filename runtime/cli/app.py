@@ -36,6 +36,7 @@ COMMANDS = {
     "sensitivity": ("sensitivity", "Rank layers by what INT8 does to them; find the most INT8 that keeps a target."),
     "retention": ("retention", "Show how well FP16 and INT8 keep the answers of fp32."),
     "build": ("build", "Build TensorRT engines of a bundle's graphs, into the bundle."),
+    "check": ("check", "Run every graph and engine of a bundle on the same inputs and compare."),
     "bench": ("bench", "Measure latency and memory: a bundle beside PyTorch, or all encoders."),
     "profile": ("profile", "Show where the time goes: phases of scoring a scan, operators of the image tower."),
 }

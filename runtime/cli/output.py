@@ -32,7 +32,8 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[obje
     click.echo(one_line(title))
     table = Table()
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        # Folded, not cut: a name that is cut cannot be copied.
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         # Text, not str: rich would take brackets in names of classes and files for its markup.
         table.add_row(*(Text(one_line(str(cell))) for cell in row))

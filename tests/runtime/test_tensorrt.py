@@ -1,23 +1,18 @@
 """The TensorRT back end on a faked driver: buffers, graphs, the pool, errors; and real refusals without a GPU."""
 
-import dataclasses
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from fake_gpu import FakeDriver, FakeTensorRt, Status
+from fake_gpu import FakeTensorRt, Status, install, with_engines
 
 from dcformer_deploy.calibration.emulate import emulated_bundle
 from dcformer_deploy.runtime import InputError, gpu, load
-from dcformer_deploy.runtime.backends import Options, device, tensorrt
+from dcformer_deploy.runtime.backends import Options, tensorrt
 from dcformer_deploy.runtime.backends.device import plan_buffers
-from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
-from dcformer_deploy.runtime.cli.app import main
-from dcformer_deploy.runtime.engines import engine_records
+from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.errors import DcformerError, DeviceLost, DeviceUnavailable, EngineRefused, InferenceError
 from dcformer_deploy.runtime.model import Model
 
@@ -26,38 +21,12 @@ pytest.importorskip("tensorrt_rtx")
 
 @pytest.fixture(scope="module")
 def built(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real engines of tensorrt_rtx in FP16, and beside each one that says it is of tensorrt for the fake GPU."""
-    out = Path(shutil.copytree(calibrated, tmp_path_factory.mktemp("engines") / "bundle"))
-    assert main(["build", str(out), "--precision", "fp16", "--max-batch", "3"]) == 0
-    bundle = open_bundle(out)
-    files = list(bundle.manifest.files)
-    for record in engine_records(bundle):
-        name = record.engine.replace("tensorrt_rtx.portable", "tensorrt.sm90")
-        shutil.copy(out / record.engine, out / name)
-        other = dataclasses.replace(record, engine=name, library="tensorrt", version="10.13.2",
-                                    compute_capability=("9.0",))
-        (out / other.files[1]).write_text(other.to_json())
-        files += [record_file(out, file) for file in other.files]
-    write_manifest(out, dataclasses.replace(bundle.manifest, files=tuple(files)))
-    return out
+    return with_engines(calibrated, tmp_path_factory.mktemp("engines") / "bundle")
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    fake = FakeDriver()
-    for module in (gpu, device):
-        monkeypatch.setattr(module, "import_driver", lambda: fake)
-    return fake
-
-
-@pytest.fixture
-def library(driver: FakeDriver, built: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
-    records = engine_records(open_bundle(built))
-    engines = {(built / record.engine).read_bytes(): (record, onnx.load(built / record.onnx)) for record in records}
-    fake = FakeTensorRt(driver, "10.13.2", engines)
-    versions = {record.library: record.version for record in records}
-    monkeypatch.setattr(tensorrt, "_import", lambda name: (fake, versions[name]))
-    return fake
+def library(built: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    return install(built, monkeypatch)
 
 
 def _model(built: Path, backend: str = "tensorrt") -> Model:

@@ -1,0 +1,67 @@
+"""``dcformer check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..backends import Options
+from ..backends.base import MOST_THREADS
+from ..bundle import open_bundle
+from ..errors import InputError, one_line
+from .options import bundle_argument, json_option
+from .output import print_json, print_table, progress
+
+_COLUMNS = ("file", "run by", "SQNR, dB", "at least", "cosine, worst", "largest error", "codes equal", "")
+
+
+@click.command("check")
+@bundle_argument
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder of scans; default: made-up volumes, which find wrong kernels as well.")
+@click.option("--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Volumes to run.")
+@click.option("--split", metavar="NAME", help="'valid' or 'train', where the folder holds both.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
+@json_option
+def command(bundle: Path, data: Path | None, samples: int, split: str | None, threads: int | None,
+            as_json: bool) -> int:
+    """Run every graph and engine of BUNDLE on the same inputs, and compare all with fp32 in ONNX Runtime.
+
+    Exit code 1 if one computes something else than it should. What cannot run on this machine, such as an engine
+    without a GPU, is listed with the reason, and is no failure. Whether a precision keeps the answers is shown by
+    `dcformer retention`.
+    """
+    from ...calibration.check import check, random_inputs, require_passed
+    from ...calibration.scans import choose_samples
+    from ..volume import ReadOptions, prepare_scan
+
+    opened = open_bundle(bundle)
+    options = Options(threads=threads)
+    with progress() as display:
+        volumes, tokens = random_inputs(opened, samples)
+        if data is not None:
+            volumes = []
+            for scan in choose_samples(data, samples, split, {}):
+                display.stage(scan.path.name)
+                volumes.append(prepare_scan(scan.path, opened.manifest.preprocessing, ReadOptions(**scan.options),
+                                            options.thread_count))
+        if not volumes:
+            raise InputError(f"{data}: no scan could be used")
+        rows = check(opened, volumes, tokens, options, display.stage)
+    require_passed(rows, bundle)
+    if as_json:
+        print_json([row.to_dict() for row in rows])
+    else:
+        ran = [row for row in rows if row.not_run is None]
+        print_table(f"{bundle} against its fp32 in onnxruntime, on {len(volumes)} volumes", _COLUMNS, (
+            (row.file, row.back_end, f"{row.sqnr_db:.1f}", f"{row.least_db:.1f}", f"{row.cosine:.6f}",
+             f"{row.max_error:.1e}", "-" if row.codes_equal is None else f"{row.codes_equal:.2%}",
+             "ok" if row.passed else "FAILED") for row in ran))
+        for reason in dict.fromkeys(row.not_run for row in rows if row.not_run is not None):
+            files = ", ".join(row.file for row in rows if row.not_run == reason)
+            click.echo(f"not run: {files}: {one_line(reason)}")
+    failed = [row.file for row in rows if row.not_run is None and not row.passed]
+    if failed:
+        click.echo(f"check failed: {', '.join(failed)}", err=True)
+    return 1 if failed else 0

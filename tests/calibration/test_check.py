@@ -1,0 +1,98 @@
+"""dcformer check: what computes the same passes, a wrong graph or engine does not, what cannot run is told."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from fake_gpu import install, with_engines
+
+from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
+from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.gpu import gpu_or_none
+
+
+def _negated(path: Path) -> None:
+    """Turn the sign of one layer of an ONNX file, as a broken kernel might."""
+    proto = onnx.load(path)
+    tensor = next(t for t in proto.graph.initializer if "s1.0.mlp.mlp.3.weight" in t.name and "scale" not in t.name)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(proto, path)
+
+
+def test_graphs_of_a_calibrated_bundle(calibrated: Path, scans: Path, capsys):
+    assert main(["check", str(calibrated), "--data", str(scans), "--samples", "2", "--json"]) == 0
+    rows = {row["file"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"image.fp16.onnx", "image.bf16.tensorrt.onnx", "image.int8.onnx", "image.int8.tensorrt.onnx",
+            "text.fp16.onnx", "text.bf16.tensorrt.onnx", "text.int8.onnx"} <= set(rows)
+    assert all(row["passed"] for row in rows.values())
+    noise = {name: row["sqnr_db"] for name, row in rows.items()}
+    assert noise["image.fp16.onnx"] > noise["image.bf16.tensorrt.onnx"] + 10
+    assert noise["text.fp16.onnx"] > noise["text.int8.onnx"]
+    assert rows["image.fp16.onnx"]["back_end"] == "onnxruntime, emulated"
+    assert rows["text.fp16.onnx"]["codes_equal"] is None
+    assert 0.9 < rows["image.fp16.onnx"]["codes_equal"] <= 1
+    assert main(["check", str(calibrated)]) == 0
+    assert "image.int8.onnx" in capsys.readouterr().out
+
+
+def test_a_graph_that_computes_something_else(calibrated: Path, tmp_path: Path, capsys):
+    bundle = Path(shutil.copytree(calibrated, tmp_path / "bundle"))
+    _negated(bundle / "image.fp16.onnx")
+    manifest = open_bundle(calibrated).manifest
+    files = tuple(record_file(bundle, record.path) for record in manifest.files)
+    write_manifest(bundle, dataclasses.replace(manifest, files=files))
+    assert main(["check", str(bundle), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.strip() == "check failed: image.fp16.onnx"
+    failed = [row["file"] for row in json.loads(captured.out) if row["passed"] is False]
+    assert failed == ["image.fp16.onnx"]
+
+
+def test_engines(calibrated: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("tensorrt_rtx")
+    bundle = with_engines(calibrated, tmp_path / "bundle")
+    if gpu_or_none() is None:
+        assert main(["check", str(bundle)]) == 0
+        not_run = capsys.readouterr().out.split("not run: ")[1]
+        assert all(name in not_run for name in ("image.fp16.tensorrt.sm90.engine", "text.fp16.tensorrt_rtx.portable"))
+    fake = install(bundle, monkeypatch)
+    assert main(["check", str(bundle), "--json"]) == 0
+    rows = {row["file"]: row for row in json.loads(capsys.readouterr().out)}
+    engine = rows["image.fp16.tensorrt.sm90.engine"]
+    assert engine["sqnr_db"] == pytest.approx(rows["image.fp16.onnx"]["sqnr_db"])
+    assert engine["least_db"] == pytest.approx(min(60, engine["sqnr_db"] - 6))
+    assert "NVIDIA H100" in engine["back_end"]
+    for data, (record, proto) in fake.engines.items():
+        if record.role == "image":
+            path = tmp_path / "wrong.onnx"
+            onnx.save(proto, path)
+            _negated(path)
+            fake.engines[data] = (record, onnx.load(path))
+    assert main(["check", str(bundle), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("check failed: image.fp16.tensorrt")
+    assert all("image" in row["file"] for row in json.loads(captured.out) if row["passed"] is False)
+
+
+def test_nothing_to_compare(pristine_bundle: Path, tmp_path: Path, capsys):
+    bundle = Path(shutil.copytree(pristine_bundle, tmp_path / "bundle"))
+    manifest = open_bundle(bundle).manifest
+    graphs = tuple(graph for graph in manifest.graphs if graph.target == "any")
+    write_manifest(bundle, dataclasses.replace(manifest, graphs=graphs))
+    assert main(["check", str(bundle)]) == 2
+    assert "there is nothing to compare" in capsys.readouterr().err
+
+
+def test_nan_fails(calibrated: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    from dcformer_deploy.calibration import check
+
+    real = check._run
+    monkeypatch.setattr(check, "_run", lambda backend, feeds, names: [
+        [array * np.nan if array.dtype == np.float32 and len(found) == 1 and "text" in str(names) else array
+         for array in found] for found in real(backend, feeds, names)])
+    assert main(["check", str(calibrated)]) == 1
+    assert "check failed: text." in capsys.readouterr().err
