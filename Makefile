@@ -7,7 +7,7 @@ MODEL := benchmarks/phantom/model
 SEED ?= 8
 CLINICAL := demo/clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
 
-.PHONY: demo bench train evaluate retention test test-all lint clean
+.PHONY: demo bench train evaluate retention gpu-check test test-all lint clean
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -59,6 +59,15 @@ retention: $(READY)
 	$(BIN)/dcformer retention demo/bundle --data demo/held-out --out demo/retention/openvino --backend openvino \
 	  --precision int8,bf16
 	$(BIN)/dcformer sensitivity demo/bundle --data demo/held-out --samples 16 --target-cosine 0.998 --out demo/sensitivity
+
+# On a machine with a GPU: engines of the demo model, and all of them against fp32. Exit code 1 if one is wrong.
+gpu-check: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cuda-python
+	$(BIN)/dcformer phantom --n 4 --seed 500 --out demo/gpu/scans --force
+	$(BIN)/dcformer export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/gpu/bundle --force
+	$(BIN)/dcformer calibrate demo/gpu/bundle --data demo/gpu/scans --samples 4 --precision fp16,bf16,int8
+	$(BIN)/dcformer build demo/gpu/bundle --precision fp32,fp16,bf16,int8
+	$(BIN)/dcformer check demo/gpu/bundle --data demo/gpu/scans --samples 4 --require-engines
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -25,7 +25,8 @@ LIBRARIES = ("tensorrt", "tensorrt_rtx")
 ENGINE_SUFFIX = ".engine"
 RECORD_SUFFIX = ".engine.json"
 SCHEMA_VERSION = 1
-#: Of ``EngineRecord.compute_capability``: as TensorRT-RTX builds by default; any GPU from Ampere on.
+#: Of ``EngineRecord.compute_capability``: any GPU from Ampere on. TensorRT-RTX builds for these by default, though
+#: NVIDIA's support matrix names 8.6, 8.9 and 12.0 only: whether one in between loads is the library's to say.
 PORTABLE = "8.0+"
 
 

@@ -9,7 +9,8 @@ import click
 from ..backends import Options
 from ..backends.base import MOST_THREADS
 from ..bundle import open_bundle
-from ..errors import InputError, one_line
+from ..engines import ENGINE_SUFFIX
+from ..errors import DeviceUnavailable, InputError, one_line
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress
 
@@ -22,10 +23,11 @@ _COLUMNS = ("file", "run by", "SQNR, dB", "at least", "cosine, worst", "largest 
               help="Folder of scans; default: made-up volumes, which find wrong kernels as well.")
 @click.option("--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Volumes to run.")
 @click.option("--split", metavar="NAME", help="'valid' or 'train', where the folder holds both.")
+@click.option("--require-engines", is_flag=True, help="Fail, with exit code 3, if an engine cannot run here.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @json_option
-def command(bundle: Path, data: Path | None, samples: int, split: str | None, threads: int | None,
-            as_json: bool) -> int:
+def command(bundle: Path, data: Path | None, samples: int, split: str | None, require_engines: bool,
+            threads: int | None, as_json: bool) -> int:
     """Run every graph and engine of BUNDLE on the same inputs, and compare all with fp32 in ONNX Runtime.
 
     Exit code 1 if one computes something else than it should. What cannot run on this machine, such as an engine
@@ -61,6 +63,9 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, th
         for reason in dict.fromkeys(row.not_run for row in rows if row.not_run is not None):
             files = ", ".join(row.file for row in rows if row.not_run == reason)
             click.echo(f"not run: {files}: {one_line(reason)}")
+    missed = [row for row in rows if row.not_run is not None and row.file.endswith(ENGINE_SUFFIX)]
+    if require_engines and missed:
+        raise DeviceUnavailable(f"{len(missed)} engines could not run here, the first: {missed[0].not_run}")
     failed = [row.file for row in rows if row.not_run is None and not row.passed]
     if failed:
         click.echo(f"check failed: {', '.join(failed)}", err=True)

@@ -58,6 +58,8 @@ def test_engines(calibrated: Path, tmp_path: Path, capsys, monkeypatch: pytest.M
     if gpu_or_none() is None:
         assert main(["check", str(bundle)]) == 0
         not_run = capsys.readouterr().out.split("not run: ")[1]
+        assert main(["check", str(bundle), "--require-engines"]) == 3
+        assert "4 engines could not run here, the first: " in capsys.readouterr().err
         assert all(name in not_run for name in ("image.fp16.tensorrt.sm90.engine", "text.fp16.tensorrt_rtx.portable"))
     fake = install(bundle, monkeypatch)
     assert main(["check", str(bundle), "--json"]) == 0

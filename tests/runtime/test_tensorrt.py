@@ -1,16 +1,17 @@
 """The TensorRT back end on a faked driver: buffers, graphs, the pool, errors; and real refusals without a GPU."""
 
+import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_gpu import FakeTensorRt, Status, install, with_engines
+from fake_gpu import FakeDriver, FakeTensorRt, Status, install, with_engines
 
 from dcformer_deploy.calibration.emulate import emulated_bundle
 from dcformer_deploy.runtime import InputError, gpu, load
-from dcformer_deploy.runtime.backends import Options, tensorrt
+from dcformer_deploy.runtime.backends import Options, device, tensorrt
 from dcformer_deploy.runtime.backends.device import plan_buffers
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.errors import DcformerError, DeviceLost, DeviceUnavailable, EngineRefused, InferenceError
@@ -200,3 +201,20 @@ def test_tensors_begin_where_tensorrt_wants_them():
     plan = plan_buffers({"a": 1, "b": 256, "c": 257, "empty": 0, "d": 8})
     assert plan.offsets == {"a": 0, "b": 256, "c": 512, "empty": 1024, "d": 1280}
     assert plan.total_bytes == 1536
+
+
+def test_the_real_driver_bindings_have_what_is_called():
+    """Names, and how many arguments each takes, of what the fake driver stands for."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    names = [name for name in dir(FakeDriver) if name.startswith("cu")]
+    assert len(names) > 20
+    for name in names:
+        signature = getattr(driver, name).__doc__.splitlines()[0]
+        inside = signature[signature.index("(") + 1 : signature.rindex(")")]
+        found = [part for part in inside.split(",") if part.strip()]
+        assert len(found) == len(inspect.signature(getattr(FakeDriver, name)).parameters) - 1, signature
+    assert {status.name for status in Status} <= set(driver.CUresult.__members__)
+    assert set(device._FATAL) <= set(driver.CUresult.__members__)
+    for kind in ("CUdevice_attribute", "CUstreamCaptureMode"):
+        for name, value in vars(getattr(FakeDriver, kind)).items():
+            assert getattr(getattr(driver, kind), name) == value
