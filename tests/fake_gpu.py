@@ -179,7 +179,8 @@ class _Context:
         return tuple(batch if side < 0 else side for side in self._tensors[name].shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        ours = any(start <= address < start + len(block) for start, block in self._driver.blocks.items())
+        ours = any(start <= address < ctypes.addressof(block) + len(block)
+                   for start, block in self._driver.blocks.items())
         assert address % 256 == 0 or not ours
         self._addresses[name] = address
         return True

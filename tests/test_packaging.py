@@ -36,8 +36,8 @@ def test_only_export_and_dev_bring_torch():
     parser = setup_cfg()
     extras = dict(parser["options.extras_require"])
     assert set(extras) == {"bench", "calibration", "cpu", "cuda", "evaluate", "export", "openvino", "phantom",
-                           "tensorrt", "dev"}
-    for name in ("bench", "cpu", "cuda", "evaluate", "openvino", "phantom", "tensorrt"):
+                           "tensorrt", "tensorrt-rtx", "dev"}
+    for name in ("bench", "cpu", "cuda", "evaluate", "openvino", "phantom", "tensorrt", "tensorrt-rtx"):
         assert not any(word in extras[name].split() for word in ("torch", "transformers", "onnx"))
     assert "torch" in extras["export"]
     assert "dcformer-deploy[bench,calibration,cpu,evaluate,export,openvino,phantom]" in extras["dev"]
