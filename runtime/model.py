@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import Backend, Options, open_graph
+from .backends.base import EngineBackend
 from .bundle import Bundle, open_bundle
 from .engines import LIBRARIES
 from .errors import BundleError, InputError
@@ -56,7 +57,7 @@ class Classification(Scores):
 
 
 def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True,
-         backend: str = "onnxruntime", precision: str = "fp32") -> Model:
+         backend: str = "onnxruntime", precision: str = "fp32", preprocess: str = "cpu") -> Model:
     """Open a bundle for inference.
 
     Args:
@@ -66,11 +67,12 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
         backend: "onnxruntime", "openvino", or with device "cuda" "tensorrt" or "tensorrt_rtx".
         precision: "fp32", or one that `dcformer calibrate` added: "fp16", "bf16", "int8". openvino needs nothing added
             for "bf16", it computes fp32 graphs so.
+        preprocess: "gpu" makes inputs from a file's voxels on the GPU, for the back ends that run engines.
 
     Raises:
         InputError, BundleError: no bundle there, or a damaged, edited or newer one.
     """
-    return Model(open_bundle(bundle, verify), Options(device, threads, backend, precision))
+    return Model(open_bundle(bundle, verify), Options(device, threads, backend, precision, preprocess))
 
 
 class Model:
@@ -261,9 +263,8 @@ class Model:
 
     # ------------------------------------------------------------------ inside
 
-    def _feeds(self, scan: Scan, read_options: dict[str, Any],
-               timings: dict[str, float]) -> dict[str, NDArray[np.floating]]:
-        """What the image tower reads of one scan, by input name."""
+    def _feeds(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float]) -> dict[str, Any]:
+        """What the image tower reads of one scan, by input name: numpy arrays, or arrays on the device."""
         inputs = self._info("image").inputs
         if isinstance(scan, np.ndarray):
             if read_options:
@@ -275,10 +276,15 @@ class Model:
         spec = self.manifest.preprocessing
         with _timed(timings, "read"):
             volume = read_scan(scan, spec, ReadOptions(**read_options))
+        if self._options.preprocess == "gpu":
+            backend = self._graph("image")
+            assert isinstance(backend, EngineBackend)  # Options allows it with engines only
+            with _timed(timings, "preprocess"):
+                return backend.preprocess(volume, spec, inputs)
         with _timed(timings, "preprocess"):
             return scan_feeds(inputs, volume, spec, self._options.thread_count)
 
-    def _embed(self, feeds: dict[str, NDArray[np.floating]]) -> NDArray[np.float32]:
+    def _embed(self, feeds: dict[str, Any]) -> NDArray[np.float32]:
         return self._graph("image").run(feeds, ["image_embedding"])[0][0]
 
     def _info(self, role: str) -> Graph:

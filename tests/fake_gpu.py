@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import itertools
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ import pytest
 from dcformer_deploy.calibration.emulate import emulate
 from dcformer_deploy.runtime import gpu
 from dcformer_deploy.runtime.backends import device, tensorrt
+from dcformer_deploy.runtime.backends.sampler import SOURCE, Job
 from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.engines import EngineRecord, engine_records
@@ -40,7 +42,7 @@ class FakeDriver:
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
-        self.capability, self.fail, self.calls = capability, {}, []
+        self.capability, self.fail, self.calls, self.kernels = capability, {}, [], None
         self.blocks: dict[int, Any] = {}
         self.streams: dict[int, list[Callable[[], None]]] = {}
         self.captured: dict[int, list[Callable[[], None]]] = {}
@@ -110,6 +112,15 @@ class FakeDriver:
         handle = next(self._handles)
         self.graphs[handle] = self.captured.pop(stream)
         return handle
+
+    def cuModuleLoadData(self, image: bytes) -> bytes: return image
+    def cuModuleGetFunction(self, module: bytes, name: bytes) -> Any: return getattr(self.kernels, name.decode())
+
+    def cuLaunchKernel(self, function: Any, x: int, y: int, z: int, threads: int, ty: int, tz: int, shared: int,
+                       stream: int, arguments: int, extra: int) -> None:
+        """Arguments are read now, as CUDA does."""
+        job = Job.from_buffer_copy(Job.from_address(ctypes.c_void_p.from_address(arguments).value))
+        self.enqueue(stream, lambda: function(ctypes.byref(job), x, threads))
 
     def cuGraphInstantiate(self, graph: int, flags: int) -> int: return graph
 
@@ -204,6 +215,33 @@ class _Context:
         dtype = np.dtype(self._tensors[name].dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape)
+
+
+_HOST = """
+#define __device__
+#define __global__
+struct Index { unsigned x; };
+static Index blockIdx, blockDim, threadIdx;
+#include "sample.cu"
+extern "C" unsigned long job_bytes() { return sizeof(Job); }
+extern "C" void sample_lines_on_host(Job *job, unsigned blocks, unsigned threads) {
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) sample_lines(*job);
+}
+extern "C" unsigned short half_of(float value) { return to_half(value); }
+"""
+
+
+def kernels_on_host(folder: Path) -> Any:
+    """The project's kernels, compiled for this machine's processor."""
+    (folder / "host.cpp").write_text(_HOST)
+    subprocess.run(["g++", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-I", SOURCE.parent, "-o", folder / "k.so",
+                    folder / "host.cpp"], check=True)
+    library = ctypes.CDLL(str(folder / "k.so"))
+    library.half_of.argtypes, library.half_of.restype = [ctypes.c_float], ctypes.c_ushort
+    library.sample_lines = library.sample_lines_on_host
+    return library
 
 
 def with_engines(bundle: Path, out: Path) -> Path:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
 from ..engines import GPU_TARGET, LIBRARIES
 from ..errors import InputError
-from ..manifest import PRECISIONS
+from ..manifest import PRECISIONS, Preprocessing, TensorInfo
+from ..volume.types import Volume
 
 DEVICES = ("cpu", "cuda")
 CPU_BACKENDS = ("onnxruntime", "openvino")
 #: The last two run engines that `dcformer build` makes.
 BACKENDS = (*CPU_BACKENDS, *LIBRARIES)
+PREPROCESS = ("cpu", "gpu")
 #: More than any machine has cores; a library that is asked for more hangs or crashes.
 MOST_THREADS = 1024
 
@@ -27,13 +29,14 @@ class Options:
 
     ``device``: "cpu" or "cuda". ``threads``: CPU threads of one inference; None = the cores this process may use.
     ``backend``: inference library. ``precision``: which of a bundle's graphs to run; for "bf16", openvino computes
-    those in fp32 in bfloat16.
+    those in fp32 in bfloat16. ``preprocess``: where scans become inputs, "cpu" or, for engines, "gpu".
     """
 
     device: str = "cpu"
     threads: int | None = None
     backend: str = "onnxruntime"
     precision: str = "fp32"
+    preprocess: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -42,6 +45,9 @@ class Options:
             raise InputError(f"backend: {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if self.preprocess not in PREPROCESS or (self.preprocess == "gpu" and self.backend not in LIBRARIES):
+            raise InputError(f"preprocess: {self.preprocess!r}; expected one of {', '.join(PREPROCESS)}, gpu with the "
+                             f"back ends {', '.join(LIBRARIES)} only")
         if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):
             raise InputError(f"threads: {self.threads!r}; expected 1 to {MOST_THREADS}")
 
@@ -73,4 +79,13 @@ class Backend(Protocol):
 
     def describe(self) -> str:
         """Library, version, and the device really used."""
+        ...
+
+
+@runtime_checkable
+class EngineBackend(Backend, Protocol):
+    """One that can also make its inputs on the GPU."""
+
+    def preprocess(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, Any]:
+        """Arrays on the device, by input name, for ``run``."""
         ...

@@ -101,6 +101,11 @@ class Stream:
         self._stream = device.call("cuStreamCreate", 1)  # CU_STREAM_NON_BLOCKING: does not wait for the null stream
 
     @property
+    def raw(self) -> Any:
+        """The driver's own object."""
+        return self._stream
+
+    @property
     def handle(self) -> int:
         """The stream's address."""
         return int(self._stream)

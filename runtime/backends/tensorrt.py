@@ -26,8 +26,11 @@ from ..engines import EngineRecord, Gpu, build_command, find_engine, require_loa
 from ..errors import DeviceUnavailable, EngineRefused, InferenceError, InputError, MissingDependency, one_line
 from ..files import atomic_file, cache_folder
 from ..gpu import current_gpu
+from ..manifest import Preprocessing, TensorInfo
+from ..volume.types import Volume
 from .base import Options
 from .device import Device, Memory, Stream, plan_buffers
+from .sampler import DeviceArray, Sampler
 
 #: Requests that may run at once, each with memory of its own.
 SLOTS = 2
@@ -46,7 +49,7 @@ class TensorRtBackend:
         if options.device != "cuda":
             raise DeviceUnavailable(f"device {options.device!r}: the {options.backend} back end runs on a GPU; pass "
                                     "--device cuda")
-        gpu = current_gpu()
+        gpu = self._gpu = current_gpu()
         trt, version = _import(options.backend)
         self._record = record or find_engine(bundle, role, options.precision, options.backend, gpu)
         path = require_loadable(bundle, self._record, version, gpu)
@@ -59,6 +62,7 @@ class TensorRtBackend:
         self._free = threading.BoundedSemaphore(slots)
         self._idle: list[_Slot] = []
         self._lock = threading.Lock()
+        self._sampler: Sampler | None = None
         self._description = f"{options.backend} {version}, {gpu.name}, {self._record.engine}"
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
@@ -77,6 +81,13 @@ class TensorRtBackend:
         self._device.use()
         with self._slot() as slot:
             return slot.run(inputs, outputs)
+
+    def preprocess(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, DeviceArray]:
+        """What the engine reads of a scan, made on the GPU and left there. Raises like ``scan_feeds``."""
+        with self._lock:
+            if self._sampler is None:
+                self._sampler = Sampler(self._device, self._gpu.compute_capability)
+        return self._sampler.feeds(volume, spec, inputs)
 
     def describe(self) -> str:
         """Library, version, GPU and engine."""

@@ -92,12 +92,7 @@ def sample(volume: Volume, spec: Preprocessing, steps_dhw: tuple[int, int, int],
     Raises:
         InputError: the scan is smaller than one output voxel along an axis.
     """
-    depth, height, width = spec.shape_dhw
-    try:
-        plan_h, plan_w, plan_d = (_plan(volume, spec, axis, side).every(step) for axis, (side, step) in enumerate(
-            zip((height, width, depth), (*steps_dhw[1:], steps_dhw[0]), strict=True)))
-    except InputError as error:
-        raise InputError(f"{volume.name}: {error}") from error
+    plan_h, plan_w, plan_d = axis_plans(volume, spec, steps_dhw)
     shape = tuple(-(-side // step) for side, step in zip(spec.shape_dhw, steps_dhw, strict=True))
     result = np.full(shape, spec.pad_value, np.float32)
     inside = result[plan_d.span, plan_h.span, plan_w.span]
@@ -118,6 +113,16 @@ def sample(volume: Volume, spec: Preprocessing, steps_dhw: tuple[int, int, int],
         for future in [pool.submit(work, part) for part in parts]:
             future.result()
     return result
+
+
+def axis_plans(volume: Volume, spec: Preprocessing, steps_dhw: tuple[int, int, int]) -> tuple[AxisPlan, ...]:
+    """Where every ``steps_dhw``-th sample comes from along H, W and D. Raises like ``sample``."""
+    depth, height, width = spec.shape_dhw
+    try:
+        return tuple(_plan(volume, spec, axis, side).every(step) for axis, (side, step) in enumerate(
+            zip((height, width, depth), (*steps_dhw[1:], steps_dhw[0]), strict=True)))
+    except InputError as error:
+        raise InputError(f"{volume.name}: {error}") from error
 
 
 class _Plane:

@@ -1,0 +1,218 @@
+"""Preprocessing on the GPU: samples straight from the stored voxels, by one kernel (``sample.cu``) compiled when used.
+
+Its arithmetic is that of ``volume.preprocess``, operation by operation, so results are the same bits; the tests run it
+compiled for the host. On a GPU it has not run yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError, MissingDependency, one_line
+from ..manifest import Preprocessing, TensorInfo
+from ..volume.preprocess import AxisPlan, axis_plans, fit_to_scan
+from ..volume.types import Volume
+from .device import Device, Memory, Plan, Stream, plan_buffers
+
+SOURCE = Path(__file__).with_name("sample.cu")
+_THREADS = 256
+_MOST_MAPS = 4
+_KINDS = ("i1", "u1", "i2", "u2", "i4", "u4", "f4", "f8")
+
+
+class _Axis(ctypes.Structure):
+    _fields_ = [("lower", ctypes.c_void_p), ("upper", ctypes.c_void_p), ("weight", ctypes.c_void_p),
+                ("start", ctypes.c_int), ("count", ctypes.c_int), ("length", ctypes.c_int)]
+
+
+class Job(ctypes.Structure):
+    """The kernel's argument, as ``sample.cu`` declares it."""
+
+    _fields_ = [("voxels", ctypes.c_void_p), *((name, ctypes.c_longlong) for name in (
+                    "offset", "stride_h", "stride_w", "stride_d")),
+                ("slope", ctypes.c_double * _MOST_MAPS), ("intercept", ctypes.c_double * _MOST_MAPS),
+                *((name, ctypes.c_int) for name in ("maps", "kind", "small")),
+                *((name, ctypes.c_float) for name in ("clip_low", "clip_high", "resampling_scale", "window_low",
+                                                      "window_high", "offset_hu", "scale_hu", "pad")),
+                ("h", _Axis), ("w", _Axis), ("d", _Axis), ("result", ctypes.c_void_p), ("half", ctypes.c_int)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a kernel launch needs, with arrays still on the host.
+
+    ``voxels``: the block of memory that ``stored`` lies in. ``plans``: int32, int32 and float32 by axis h, w, d.
+    ``shape``: of the result, [D, H, W]. ``job``: complete but for addresses.
+    """
+
+    stored: NDArray[Any]
+    voxels: NDArray[Any]
+    plans: dict[str, NDArray[Any]]
+    shape: tuple[int, int, int]
+    job: Job
+
+
+def plan_task(volume: Volume, spec: Preprocessing, steps_dhw: tuple[int, int, int], dtype: np.dtype[Any]) -> Task:
+    """Every ``steps_dhw``-th voxel of the preprocessed volume.
+
+    Args:
+        volume, spec: as ``fit_to_scan`` returns them.
+        dtype: of the result, float32 or float16.
+
+    Raises:
+        InputError: as ``preprocess``; more than four maps to Hounsfield units.
+    """
+    stored = _compact(volume.stored)
+    kind = f"{stored.dtype.kind}{stored.dtype.itemsize}"
+    maps = [step for step in volume.scaling if not step.is_identity]
+    if kind not in _KINDS or len(maps) > _MOST_MAPS:
+        raise InputError(f"{volume.name}: {stored.dtype} voxels with {len(maps)} maps to HU; preprocess on the CPU")
+    plans = axis_plans(volume, spec, steps_dhw)
+    low, high = np.lib.array_utils.byte_bounds(stored)
+    voxels = np.frombuffer(memoryview((ctypes.c_byte * (high - low)).from_address(low)), stored.dtype)
+    offset = (stored.__array_interface__["data"][0] - low) // stored.dtype.itemsize
+    job = Job(offset=offset, maps=len(maps), kind=_KINDS.index(kind), half=int(dtype == np.float16),
+              small=int(stored.dtype.kind != "f" and stored.dtype.itemsize <= 2))
+    job.stride_h, job.stride_w, job.stride_d = (stride // stored.dtype.itemsize for stride in stored.strides)
+    for index, step in enumerate(maps):
+        job.slope[index], job.intercept[index] = step.slope, step.intercept
+    (job.clip_low, job.clip_high), (job.window_low, job.window_high) = spec.clip_hu, spec.window_hu
+    job.resampling_scale, job.offset_hu, job.scale_hu = spec.resampling_scale_hu, spec.offset_hu, spec.scale_hu
+    job.pad = spec.pad_value
+    depth, height, width = (-(-side // step) for side, step in zip(spec.shape_dhw, steps_dhw, strict=True))
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, plan, length in zip("hwd", plans, (height, width, depth), strict=True):
+        arrays |= _arrays(name, plan)
+        axis = getattr(job, name)
+        axis.start, axis.count, axis.length = plan.start, len(plan.lower), length
+    return Task(stored, voxels, arrays, (depth, height, width), job)
+
+
+def _arrays(name: str, plan: AxisPlan) -> dict[str, NDArray[Any]]:
+    return {f"{name}.lower": plan.lower.astype(np.int32), f"{name}.upper": plan.upper.astype(np.int32),
+            f"{name}.weight": plan.weight.astype(np.float32)}
+
+
+def _compact(stored: NDArray[Any]) -> NDArray[Any]:
+    """The array itself, or a copy where it is in the other byte order or a small part of something large."""
+    if not stored.dtype.isnative:
+        return stored.astype(stored.dtype.newbyteorder("="))
+    low, high = np.lib.array_utils.byte_bounds(stored)
+    return stored if high - low <= 2 * stored.nbytes else np.asfortranarray(stored)
+
+
+class _Lease:
+    """Memory that goes back to where it came from once nobody refers to it."""
+
+    def __init__(self, memory: Memory, pool: list[Memory]) -> None:
+        self.memory = memory
+        weakref.finalize(self, pool.append, memory)
+
+
+class DeviceArray:
+    """An array on the device, with ``__cuda_array_interface__``; its memory is used again once it is gone."""
+
+    def __init__(self, lease: _Lease, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.shape, self.dtype, self._lease = shape, dtype, lease
+        address = lease.memory.address(name)
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": dtype.str, "data": (address, False), "version": 3,
+                                         "strides": None}
+
+
+class Sampler:
+    """Compiles the kernel for a GPU and runs it. May be used by several threads at once."""
+
+    def __init__(self, device: Device, compute_capability: str, nvrtc: Any = None) -> None:
+        self._device = device
+        device.use()
+        self._module = device.call("cuModuleLoadData", compile_kernel(compute_capability, nvrtc))
+        self._kernel = device.call("cuModuleGetFunction", self._module, b"sample_lines")
+        self._stream = Stream(device)
+        self._pool: list[Memory] = []
+        self._lock = threading.Lock()
+
+    def feeds(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, DeviceArray]:
+        """What an image tower reads of one scan, on the device. As ``scan_feeds``; so are the errors."""
+        volume, spec = fit_to_scan(volume, spec)
+        tasks = {}
+        for info in inputs:
+            d, h, w = (side // int(kept) for side, kept in zip(spec.shape_dhw, info.axes[-3:], strict=True))
+            tasks[info.name] = plan_task(volume, spec, (d, h, w), np.dtype(info.dtype))
+        self._device.use()
+        voxels = next(iter(tasks.values())).voxels
+        uploads = {"voxels": voxels, **{f"{name}/{part}": array for name, task in tasks.items()
+                                        for part, array in task.plans.items()}}
+        results = {name: int(np.prod(task.shape)) * (2 if task.job.half else 4) for name, task in tasks.items()}
+        memory = self._reserve({name: array.nbytes for name, array in uploads.items()} | results)
+        lease = _Lease(memory, self._pool)
+        for name, array in uploads.items():
+            memory.view(name, array.shape, array.dtype)[...] = array
+        with self._lock:
+            for name, array in uploads.items():
+                self._stream.upload(memory.address(name), memory.staging(name), array.nbytes)
+            for name, task in tasks.items():
+                self._launch(name, task, memory)
+            self._stream.wait()
+        return {info.name: DeviceArray(lease, info.name, (1, 1, *tasks[info.name].shape), np.dtype(info.dtype))
+                for info in inputs}
+
+    def _reserve(self, sizes: dict[str, int]) -> Memory:
+        """Memory that was used before, if it is large enough, else new one in its place."""
+        plan = plan_buffers(sizes)
+        with self._lock:
+            memory = self._pool.pop() if self._pool else None
+        if memory is not None and memory.plan.total_bytes >= plan.total_bytes:
+            memory.plan = Plan(plan.offsets, memory.plan.total_bytes)
+            return memory
+        if memory is not None:
+            memory.close()
+        return Memory(self._device, plan)
+
+    def _launch(self, name: str, task: Task, memory: Memory) -> None:
+        job = task.job
+        job.voxels, job.result = memory.address("voxels"), memory.address(name)
+        for axis, part in itertools.product("hwd", ("lower", "upper", "weight")):
+            setattr(getattr(job, axis), part, memory.address(f"{name}/{axis}.{part}"))
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
+        blocks = -(-int(np.prod(task.shape)) // _THREADS)
+        self._device.call("cuLaunchKernel", self._kernel, blocks, 1, 1, _THREADS, 1, 1, 0, self._stream.raw,
+                          ctypes.addressof(arguments), 0)
+
+
+def compile_kernel(compute_capability: str, nvrtc: Any = None) -> bytes:
+    """Machine code of the kernel for a compute capability such as "9.0".
+
+    Raises:
+        MissingDependency: no NVRTC.
+    """
+    try:
+        nvrtc = nvrtc or importlib.import_module("cuda.bindings.nvrtc")
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # ImportError, or what the bindings raise where the library is not found
+        raise MissingDependency(f"NVRTC is not installed (or broken: {one_line(str(error))}); pip install "
+                                "'cuda-python[all]', or preprocess on the CPU") from error
+
+    def ask(answer: tuple[Any, ...]) -> Any:
+        status, *values = answer
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise MissingDependency(f"NVRTC answered {getattr(status, 'name', status)} for compute capability "
+                                    f"{compute_capability}; a newer CUDA may know it, or preprocess on the CPU")
+        return values[0] if values else None
+
+    program = ask(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"sample.cu", 0, [], []))
+    options = [f"--gpu-architecture=sm_{compute_capability.replace('.', '')}".encode(), b"--fmad=false"]
+    ask(nvrtc.nvrtcCompileProgram(program, len(options), options))
+    code = b" " * ask(nvrtc.nvrtcGetCUBINSize(program))
+    ask(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
