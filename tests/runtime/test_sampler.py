@@ -144,7 +144,7 @@ def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(MissingDependency, match="NVRTC is not installed .*; pip install 'cuda-python"):
         compile_kernel("9.0")
     for where, backend in (("gpu", "onnxruntime"), ("tpu", "tensorrt")):
-        with pytest.raises(InputError, match="preprocess: '.pu'; expected one of cpu, gpu, gpu with the back ends tens"):
+        with pytest.raises(InputError, match="preprocess: '.pu'; expected one of cpu, gpu, gpu with the back ends"):
             Options(preprocess=where, backend=backend)
 
 
