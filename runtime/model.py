@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import Backend, Options, open_graph
-from .backends.base import EngineBackend
+from .backends.base import AUTO, EngineBackend
+from .backends.choose import choose_backend
 from .bundle import Bundle, open_bundle
 from .engines import LIBRARIES
 from .errors import BundleError, InputError
@@ -64,7 +65,8 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
         device: "cpu" or "cuda"; never replaced silently by the other.
         threads: CPU threads of one inference; None = the cores this process may use.
         verify: compare the sha256 of every file with the manifest.
-        backend: "onnxruntime", "openvino", or with device "cuda" "tensorrt" or "tensorrt_rtx".
+        backend: "onnxruntime", "openvino", or with device "cuda" "tensorrt" or "tensorrt_rtx"; "auto" for the best
+            that works here.
         precision: "fp32", or one that `dcformer calibrate` added: "fp16", "bf16", "int8". openvino needs nothing added
             for "bf16", it computes fp32 graphs so.
         preprocess: "gpu" makes inputs from a file's voxels on the GPU, for the back ends that run engines.
@@ -78,11 +80,14 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
 class Model:
     """A loaded bundle. Graphs are opened when first used; methods may be called from several threads.
 
-    Embeddings are float32 with unit length.
+    Embeddings are float32 with unit length. ``choice``: with the back end "auto", which was chosen and why.
     """
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
+        self.choice: str | None = None
+        if options.backend == AUTO:
+            options, self.choice = choose_backend(bundle, options)
         self._options = options
         self._graphs: dict[str, Backend] = {}
         self._prompts: dict[tuple[str, ...], NDArray[np.float32]] = {}

@@ -18,6 +18,8 @@ DEVICES = ("cpu", "cuda")
 CPU_BACKENDS = ("onnxruntime", "openvino")
 #: The last two run engines that `dcformer build` makes.
 BACKENDS = (*CPU_BACKENDS, *LIBRARIES)
+#: Stands for the best that works.
+AUTO = "auto"
 PREPROCESS = ("cpu", "gpu")
 #: More than any machine has cores; a library that is asked for more hangs or crashes.
 MOST_THREADS = 1024
@@ -28,8 +30,9 @@ class Options:
     """How to run graphs.
 
     ``device``: "cpu" or "cuda". ``threads``: CPU threads of one inference; None = the cores this process may use.
-    ``backend``: inference library. ``precision``: which of a bundle's graphs to run; for "bf16", openvino computes
-    those in fp32 in bfloat16. ``preprocess``: where scans become inputs, "cpu" or, for engines, "gpu".
+    ``backend``: inference library; "auto": ``choose_backend``. ``precision``: which of a bundle's graphs to run; for
+    "bf16", openvino computes those in fp32 in bfloat16. ``preprocess``: where scans become inputs, "cpu" or, for
+    engines, "gpu".
     """
 
     device: str = "cpu"
@@ -41,8 +44,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise InputError(f"device: {self.device!r}; expected one of {', '.join(DEVICES)}")
-        if self.backend not in BACKENDS:
-            raise InputError(f"backend: {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+        if self.backend not in (*BACKENDS, AUTO):
+            raise InputError(f"backend: {self.backend!r}; expected one of {', '.join((*BACKENDS, AUTO))}")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
         if self.preprocess not in PREPROCESS or (self.preprocess == "gpu" and self.backend not in LIBRARIES):

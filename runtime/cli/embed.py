@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import atomic_file
 from ..model import load
 from .options import bundle_argument, keep_going_option, model_options, scan_options, scans_argument
-from .output import warn_if_untrained
+from .output import announce
 from .scans import for_each_scan
 
 
@@ -31,7 +31,7 @@ def command(
     if out.suffix != ".npz":
         raise InputError(f"--out {out}: expected a name ending in .npz")
     model = load(bundle, device, threads, not no_verify, backend, precision)
-    warn_if_untrained(model)
+    announce(model)
     with atomic_file(out) as temporary:  # first of all, so that a place that cannot be written is found out at once
         results = for_each_scan(scans, keep_going, lambda scan: model.embed_image(scan, **read_options))
         embedded = [(str(scan), result) for scan, result in zip(scans, results, strict=True)

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import atomic_file
 from ..model import load
 from .options import bundle_argument, json_option, model_options
-from .output import print_json, print_table, warn_if_untrained
+from .output import announce, print_json, print_table
 
 _LARGEST_MATRIX = 8
 
@@ -32,7 +32,7 @@ def command(
     if out is not None and out.suffix != ".npz":
         raise InputError(f"--out {out}: expected a name ending in .npz")
     model = load(bundle, device, threads, not no_verify, backend, precision)
-    warn_if_untrained(model)
+    announce(model)
     embeddings = model.embed_text(texts)
     if out is not None:
         with atomic_file(out) as temporary, temporary.open("wb") as file:

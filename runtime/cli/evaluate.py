@@ -14,7 +14,7 @@ from ..bundle import open_bundle
 from ..errors import BundleError, one_line
 from ..model import Model
 from .options import bundle_argument, json_option, model_options, scan_options
-from .output import print_json, print_table, progress, warn_if_untrained
+from .output import announce, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from ...benchmarks.evaluation.metrics import Estimate
@@ -57,7 +57,7 @@ def command(
     options = Options(device, threads, backend, precision)
     opened = open_bundle(bundle, verify=not no_verify)
     model = Model(opened, options)
-    warn_if_untrained(model)
+    announce(model)
     classes = _classes(model, bundle, classifier)
     cases = read_dataset(dataset, classes, Tables(labels, reports, metadata), split)[:limit]
     embedders: dict[str, Embedder] = {"bundle": BundleEmbedder(model, classifier)}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..backends.base import BACKENDS, DEVICES, MOST_THREADS
+from ..backends.base import AUTO, BACKENDS, DEVICES, MOST_THREADS
 from ..errors import InputError
 from ..files import require_file
 from ..manifest import PRECISIONS
@@ -43,8 +43,8 @@ def model_options(function: _F) -> _F:
     for option in reversed((
         click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True),
         click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; default: all usable cores."),
-        click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True,
-                     help="Inference library."),
+        click.option("--backend", type=click.Choice([*BACKENDS, AUTO]), default=BACKENDS[0], show_default=True,
+                     help="Inference library; auto: the best that works here, said on standard error."),
         click.option("--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], show_default=True,
                      help="Graphs to run; `dcformer calibrate` adds those other than fp32. bf16: openvino computes in "
                           "bfloat16 by itself."),

@@ -40,8 +40,10 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[obje
     Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)
 
 
-def warn_if_untrained(model: Model) -> None:
-    """One line on standard error for bundles whose weights are known to be random."""
+def announce(model: Model) -> None:
+    """One line each on standard error: which back end was chosen, and weights that are known to be random."""
+    if model.choice is not None:
+        click.echo(f"backend: {one_line(model.choice)}", err=True)
     if not model.manifest.source.trained:
         click.echo("warning: this bundle was made from untrained weights: its scores mean nothing", err=True)
 

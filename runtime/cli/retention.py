@@ -15,7 +15,7 @@ from ..errors import InputError, one_line
 from ..manifest import PRECISIONS
 from ..model import Model
 from .options import bundle_argument, json_option
-from .output import print_json, print_table, progress, warn_if_untrained
+from .output import announce, print_json, print_table, progress
 
 
 @click.command("retention")
@@ -58,7 +58,7 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
         names = _names(opened, precisions, backend)
         models = {name: Model(opened, Options(threads=threads, backend=backend, precision=name))
                   for name in (REFERENCE, *names)}
-        warn_if_untrained(models[REFERENCE])
+        announce(models[REFERENCE])
         scans = choose_scans(data, opened.manifest, split, limit)
         thread_count = Options(threads=threads).thread_count
         identity = {"retention": opened.manifest.digest, "dataset": str(data.resolve()), "backend": backend}

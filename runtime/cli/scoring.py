@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from ..model import Model, Scores
-from .output import print_json, print_table, warn_if_untrained
+from .output import announce, print_json, print_table
 from .scans import for_each_scan
 
 
@@ -25,7 +25,7 @@ def score_scans(
     Raises:
         InputError: a scan cannot be used and ``keep_going`` is false; nothing is printed on standard output then.
     """
-    warn_if_untrained(model)
+    announce(model)
     results = for_each_scan(scans, keep_going, score)
     if as_json:
         print_json([_row(scan, result) for scan, result in zip(scans, results, strict=True)])
