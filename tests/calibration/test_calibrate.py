@@ -19,6 +19,9 @@ from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.files import cache_folder
 from dcformer_deploy.runtime.volume import image_feeds
 
+#: Without measuring, which takes seconds; ``test_integers`` has it.
+CALIBRATE = ["calibrate", "--depthwise", "never"]
+
 
 @pytest.fixture
 def copy(pristine_bundle: Path, tmp_path: Path) -> Path:
@@ -63,23 +66,23 @@ def test_other_methods_from_what_was_observed(calibrated: Path, tmp_path: Path, 
         return {float(onnx.numpy_helper.to_array(t)) for t in proto.graph.initializer if "int8_scale" in t.name}
 
     before = ranges()
-    assert main(["calibrate", str(bundle), "--method", "mse", "--precision", "int8", "--json"]) == 0
+    assert main([*CALIBRATE, str(bundle), "--method", "mse", "--precision", "int8", "--json"]) == 0
     conversions = {c["precision"]: c for c in json.loads(capsys.readouterr().out)}
     assert (conversions["fp16"]["method"], conversions["int8"]["method"]) == (None, "mse")
     assert conversions["fp16"]["notes"][0] == "weights rounded so that errors make up for each other on the scans"
     assert conversions["int8"]["notes"][0] == "weights rounded to the nearest, as no scans were at hand"
     assert ranges() != before
-    assert main(["calibrate", str(bundle), "--method", "minmax", "--precision", "int8"]) == 0
+    assert main([*CALIBRATE, str(bundle), "--method", "minmax", "--precision", "int8"]) == 0
     assert ranges() == before
 
 
 def test_cache_of_its_own(copy: Path, scans: Path, tmp_path: Path, calibrated: Path):
     cache = tmp_path / "cache.json"
-    assert main(["calibrate", str(copy), "--data", str(scans), "--samples", "3", "--precision", "int8", "--cache",
+    assert main([*CALIBRATE, str(copy), "--data", str(scans), "--samples", "3", "--precision", "int8", "--cache",
                  str(cache)]) == 0
     assert cache.read_text() == (calibrated / "calibration.json").read_text()
     again = Path(shutil.copytree(copy, tmp_path / "again"))
-    assert main(["calibrate", str(again), "--cache", str(cache), "--precision", "int8"]) == 0
+    assert main([*CALIBRATE, str(again), "--cache", str(cache), "--precision", "int8"]) == 0
     same = [{g.file for g in open_bundle(path).manifest.graphs} for path in (again, copy)]
     assert same[0] == same[1]
 
@@ -128,7 +131,7 @@ def test_interrupted_calibration_goes_on(copy: Path, scans: Path, monkeypatch: p
 
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     monkeypatch.setattr(Observer, "observe", interrupted)
-    arguments = ["calibrate", str(copy), "--data", str(scans), "--samples", "3"]
+    arguments = [*CALIBRATE, str(copy), "--data", str(scans), "--samples", "3"]
     assert main(arguments) == 130
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     monkeypatch.setattr(Observer, "observe", lambda self, feeds: (seen.append(1), observe(self, feeds)))
@@ -140,7 +143,7 @@ def test_interrupted_calibration_goes_on(copy: Path, scans: Path, monkeypatch: p
 
 def test_observations_outlive_a_failure_to_write(copy: Path, scans: Path, monkeypatch: pytest.MonkeyPatch):
     """What minutes of scans have shown is not lost because a graph could not be made."""
-    arguments = ["calibrate", str(copy), "--data", str(scans), "--samples", "2", "--precision", "int8"]
+    arguments = [*CALIBRATE, str(copy), "--data", str(scans), "--samples", "2", "--precision", "int8"]
     seen = []
     observe = Observer.observe
     monkeypatch.setattr(Observer, "observe", lambda self, feeds: (seen.append(1), observe(self, feeds)))
@@ -156,14 +159,14 @@ def test_every_scan_is_hashed_once(copy: Path, scans: Path, monkeypatch: pytest.
     hashed = []
     digest = module.sha256_file
     monkeypatch.setattr(module, "sha256_file", lambda path: (hashed.append(path), digest(path))[1])
-    assert main(["calibrate", str(copy), "--data", str(scans), "--samples", "3", "--precision", "int8"]) == 0
+    assert main([*CALIBRATE, str(copy), "--data", str(scans), "--samples", "3", "--precision", "int8"]) == 0
     assert len(hashed) == 3
 
 
 def test_unreadable_scans_are_replaced(copy: Path, scans: Path, tmp_path: Path, capsys):
     folder = Path(shutil.copytree(scans, tmp_path / "scans"))
     (folder / "a.nii.gz").write_bytes(b"no gzip")
-    assert main(["calibrate", str(copy), "--data", str(folder), "--samples", "3", "--precision", "int8"]) == 0
+    assert main([*CALIBRATE, str(copy), "--data", str(folder), "--samples", "3", "--precision", "int8"]) == 0
     assert "left out: " in capsys.readouterr().err
     assert open_bundle(copy).manifest.conversions[0].scans == 3
     refuse(capsys, "only 3 of the 4 scans can be read, but 4 were asked for; pass --samples 3",

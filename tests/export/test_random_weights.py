@@ -19,10 +19,17 @@ from dcformer_deploy.runtime.cli.app import main
 
 #: The smallest of each family runs always, the others with the slow tests.
 QUICK = {"convnext-nano", "ctvit-ctclip", "dcformer-nano", "poolformer-nano", "transunet-naive", "vit-naive"}
+#: Half a minute; dcformer-base has the same modules.
+THOROUGH = {"dcformer-large"}
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(spec.name, marks=[] if spec.name in QUICK else pytest.mark.slow) for spec in all_encoders()])
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    if name in QUICK:
+        return []
+    return [pytest.mark.thorough if name in THOROUGH else pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(spec.name, marks=_marks(spec.name)) for spec in all_encoders()])
 def test_graph_computes_what_pytorch_computes(name: str, tmp_path: Path):
     size = 2 * get_encoder(name).size_step
     checkpoint = random_checkpoint(name, seed=1, input_size=size)
