@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,21 +240,14 @@ class _Log:
 
 def _run(builder: Any, network: Any, config: Any, watch: Watch) -> Any:
     """Build in a thread of its own, so that Ctrl-C reaches this one; the library stops at its next step."""
-    import threading
-
-    found: list[Any] = [None]
-
-    def work() -> None:
-        found[0] = builder.build_serialized_network(network, config)
-
-    thread = threading.Thread(target=work, name="engine build", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        try:
-            thread.join(0.1)
-        except KeyboardInterrupt:
-            watch.stopped = True
-    return found[0]
+    with ThreadPoolExecutor(1, thread_name_prefix="engine build") as pool:
+        future = pool.submit(builder.build_serialized_network, network, config)
+        while not future.done():
+            try:
+                wait([future], timeout=0.1)
+            except KeyboardInterrupt:
+                watch.stopped = True
+        return future.result()
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:
