@@ -13,7 +13,7 @@ import onnx
 from ..export.graph_files import WeightsFile, describe_graph
 from ..export.rules.measured import Stopwatch
 from ..runtime.backends import Options, open_graph
-from ..runtime.bundle import Bundle, copy_files, open_bundle, record_file, write_manifest
+from ..runtime.bundle import Bundle, copy_files, open_bundle, record_file, require_unchanged, write_manifest
 from ..runtime.cli.output import Stages
 from ..runtime.engines import GPU_TARGET, engine_records
 from ..runtime.errors import CheckFailed, InputError
@@ -138,6 +138,7 @@ def add_precisions(bundle: Bundle, record: Record, choice: Choice, display: Stag
         manifest = dataclasses.replace(old, graphs=tuple(graphs), conversions=tuple(conversions),
                                        files=tuple(record_file(folder, name) for name in names))
         write_manifest(folder, manifest)
+        require_unchanged(bundle)
     return open_bundle(bundle.folder, verify=False).manifest
 
 

@@ -105,6 +105,17 @@ def copy_files(bundle: Bundle, folder: Path, without: Collection[str]) -> list[s
     return names
 
 
+def require_unchanged(bundle: Bundle) -> None:
+    """Call before a bundle is replaced by what was made of it.
+
+    Raises:
+        BundleError: someone else replaced it meanwhile, whose work would be lost.
+    """
+    path = bundle.folder / MANIFEST_NAME
+    if not path.is_file() or Manifest.from_json(path.read_text(encoding="utf-8")).digest != bundle.manifest.digest:
+        raise BundleError(f"{bundle.folder}: changed while this was running; nothing was written, run it again")
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest; call it last, into a folder that is not yet under its final name."""
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 
-from ...runtime.bundle import Bundle, copy_files, record_file, write_manifest
+from ...runtime.bundle import Bundle, copy_files, record_file, require_unchanged, write_manifest
 from ...runtime.cli.output import Stages
 from ...runtime.engines import (
     ENGINE_SUFFIX,
@@ -69,6 +69,7 @@ def add_engines(bundle: Bundle, library: Library, precisions: Sequence[str], opt
             display.advance()
         described = tuple(record_file(folder, name) for name in files)
         write_manifest(folder, dataclasses.replace(bundle.manifest, files=described))
+        require_unchanged(bundle)
     return records
 
 

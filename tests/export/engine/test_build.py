@@ -127,6 +127,28 @@ def test_stopping_a_build(built: Path):
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engine build")]
 
 
+def test_two_at_once(copy: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Someone else builds other engines meanwhile: his are not lost."""
+    from dcformer_deploy.export.engine import add_engines
+
+    real, paths = add_engines.build_engine, []
+
+    def meanwhile(library, path, *arguments):
+        built = real(library, path, *arguments)
+        paths.append(path)
+        if len(paths) == 2:  # all of the first one's reading is done
+            assert main(["build", str(copy), "--precision", "fp16", "--gpu", "8.9"]) == 0
+        return built
+
+    monkeypatch.setattr(add_engines, "build_engine", meanwhile)
+    refuse(capsys, 2, "changed while this was running; nothing was written, run it again", "build", copy, "--gpu",
+           "12.0")
+    names = {record.engine for record in engine_records(open_bundle(copy))}
+    assert "image.fp16.tensorrt_rtx.sm89.engine" in names
+    assert "image.fp16.tensorrt_rtx.sm120.engine" not in names
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
 def test_refusals(calibrated: Path, pristine_bundle: Path, capsys):
     refuse(capsys, 2, "--precision 'fp8': expected some of fp32, fp16, bf16, int8", "build", calibrated, "--precision",
            "fp8")
