@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from ...runtime.errors import InputError
 from ...runtime.files import cache_folder
 
+#: Of every line that ``State.put`` writes.
+_BEGINS = b'{"key": '
+
 
 def state_path(identity: Mapping[str, Any]) -> Path:
     """Where the state of an evaluation with this identity lies, in the user's cache folder."""
@@ -60,9 +63,10 @@ def open_state(path: Path, fresh: bool) -> Iterator[State]:
     """Open or begin the state at ``path``; it is deleted when the block succeeds, kept when it does not.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or is something else than a state.
     """
     try:
+        _require_state(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         known = {} if fresh else _read(path)
         # Rewritten, so that a line cut off by an interruption does not spoil the next one.
@@ -75,6 +79,16 @@ def open_state(path: Path, fresh: bool) -> Iterator[State]:
         raise InputError(f"{path}: cannot keep the state of the evaluation there ({error.strerror}); pass --state FILE"
                          ) from error
     path.unlink(missing_ok=True)
+
+
+def _require_state(path: Path) -> None:
+    """What is there is overwritten, and removed in the end: only if an evaluation has left it."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        begins = file.read(len(_BEGINS))
+    if not _BEGINS.startswith(begins):  # a beginning of the beginning: cut off in the first line
+        raise InputError(f"{path}: not the state of an evaluation, and would be overwritten; choose another --state")
 
 
 def _read(path: Path) -> dict[str, tuple[str, NDArray[np.float32]]]:

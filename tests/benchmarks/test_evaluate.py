@@ -159,6 +159,25 @@ def test_state_of_another_bundle_or_fresh_is_not_used(tmp_path: Path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("content", ["precious", '{"other": 1}\n', "\n"])
+def test_a_file_that_is_no_state_stays(tmp_path: Path, content: str):
+    path = tmp_path / "thesis.txt"
+    path.write_text(content)
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="thesis.txt: not the state of an evaluation"), open_state(path, fresh):
+            pass
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", '{"ke', '{"key": "a", "sta'])
+def test_a_state_that_was_cut_off_is_begun_anew(tmp_path: Path, content: str):
+    path = tmp_path / "state.jsonl"
+    path.write_text(content)
+    with open_state(path, fresh=False) as state:
+        assert state.get("a", "1") is None
+    assert not path.exists()
+
+
 def _edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
