@@ -8,6 +8,7 @@ and this GPU, and its bytes are those that were recorded.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ import dacite
 
 from .bundle import Bundle
 from .errors import BundleError, EngineRefused
-from .files import sha256_file
 
 #: What a graph for GPUs is made for: both libraries read it.
 GPU_TARGET = "tensorrt"
@@ -154,15 +154,14 @@ def runs_on(targets: tuple[str, ...], gpu: Gpu) -> bool:
                for target in targets)
 
 
-def require_loadable(bundle: Bundle, record: EngineRecord, version: str, gpu: Gpu) -> Path:
-    """The engine's path, once everything fits; call right before its bytes are deserialized.
+def require_fitting(bundle: Bundle, record: EngineRecord, version: str, gpu: Gpu) -> None:
+    """Compare a record with the bundle, the library and the GPU.
 
     Args:
-        version: of the library that would load it.
+        version: of the library that would load the engine.
 
     Raises:
         EngineRefused: made from another ONNX file, by another library version, or for another GPU.
-        BundleError: the bytes are not those that were recorded.
     """
     command = build_command(bundle.folder, record.precision, record.library)
     where = f"{bundle.folder / record.engine}"
@@ -177,10 +176,23 @@ def require_loadable(bundle: Bundle, record: EngineRecord, version: str, gpu: Gp
     if not runs_on(record.compute_capability, gpu):
         raise EngineRefused(f"{where}: built for compute capability {', '.join(record.compute_capability)}, this "
                             f"{gpu.name} has {gpu.compute_capability}; run on this machine: {command}")
-    path = bundle.path(record.engine)
-    if sha256_file(path) != record.sha256:
-        raise BundleError(f"{path}: not the bytes that were built; copy the bundle again, or run: {command}")
-    return path
+
+
+def read_engine(bundle: Bundle, record: EngineRecord) -> bytes:
+    """An engine's bytes, once they are those that were built: what is deserialized is what was hashed.
+
+    Raises:
+        EngineRefused: missing, or other bytes.
+    """
+    path = bundle.folder / record.engine
+    command = build_command(bundle.folder, record.precision, record.library)
+    try:
+        plan = path.read_bytes()
+    except OSError as error:
+        raise EngineRefused(f"{path}: cannot be read ({error.strerror}); run: {command}") from error
+    if hashlib.sha256(plan).hexdigest() != record.sha256:
+        raise EngineRefused(f"{path}: not the bytes that were built; copy the bundle again, or run: {command}")
+    return plan
 
 
 def build_command(folder: Path, precision: str, library: str) -> str:

@@ -23,10 +23,11 @@ import pytest
 
 from dcformer_deploy.calibration.emulate import emulate
 from dcformer_deploy.runtime import gpu
-from dcformer_deploy.runtime.backends import device, tensorrt
+from dcformer_deploy.runtime.backends import choose, device, tensorrt
 from dcformer_deploy.runtime.backends.sampler import SOURCE, Job
 from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
 from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.engine_library import Library
 from dcformer_deploy.runtime.engines import EngineRecord, engine_records
 
 Status = enum.IntEnum("Status", {"CUDA_SUCCESS": 0, "CUDA_ERROR_OUT_OF_MEMORY": 2, "CUDA_ERROR_NO_DEVICE": 100,
@@ -145,6 +146,7 @@ class FakeTensorRt:
 
     def __init__(self, driver: FakeDriver, engines: dict[bytes, tuple[EngineRecord, onnx.ModelProto]]) -> None:
         self.driver, self.engines = driver, engines
+        self.versions: dict[str, str] = {}
         self.contexts = 0
         self.compiled = b""
 
@@ -270,6 +272,7 @@ def install(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
     records = engine_records(open_bundle(bundle))
     fake = FakeTensorRt(driver, {(bundle / record.engine).read_bytes(): (record, onnx.load(bundle / record.onnx))
                                  for record in records})
-    versions = {record.library: record.version for record in records}
-    monkeypatch.setattr(tensorrt, "_import", lambda name: (fake, versions[name]))
+    fake.versions = {record.library: record.version for record in records}
+    for module in (tensorrt, choose):
+        monkeypatch.setattr(module, "load_library", lambda name: Library(name, fake, fake.versions[name]))
     return fake

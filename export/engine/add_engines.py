@@ -12,6 +12,7 @@ import onnx
 
 from ...runtime.bundle import Bundle, copy_files, record_file, require_unchanged, write_manifest
 from ...runtime.cli.output import Stages
+from ...runtime.engine_library import Library
 from ...runtime.engines import (
     ENGINE_SUFFIX,
     GPU_TARGET,
@@ -26,7 +27,6 @@ from ...runtime.files import atomic_folder, sha256_file
 from ...runtime.machine import machine
 from ...runtime.manifest import MANIFEST_NAME, Graph
 from .build import BuildOptions, Built, Watch, build_engine, options_as_sides
-from .libraries import Library
 from .preflight import Preflight, preflight
 
 

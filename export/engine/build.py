@@ -8,6 +8,7 @@ Built here with ``tensorrt_rtx`` 1.7 on a CPU; with ``tensorrt`` not yet run.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,9 +19,9 @@ from typing import Any
 
 import onnx
 
+from ...runtime.engine_library import Library, Log
 from ...runtime.engines import EngineTensor, Layer, Shapes
 from ...runtime.errors import BuildFailed, InputError, one_line
-from .libraries import Library
 
 #: Axes whose length a profile gives.
 BATCH, SEQUENCE = "batch", "sequence"
@@ -54,10 +55,9 @@ class BuildOptions:
 
     def flags(self) -> dict[str, Any]:
         """What differs from the defaults, for the record."""
-        found = {name: value for name, value in self.__dict__.items()
-                 if value != BuildOptions.__dataclass_fields__[name].default and name not in ("batch", "sequence")}
-        return {name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-                for name, value in found.items() if name != "timing_cache"}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if field.name not in ("batch", "sequence", "timing_cache")
+                and getattr(self, field.name) != field.default}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def build_engine(library: Library, path: Path, options: BuildOptions, watch: Wat
         KeyboardInterrupt: after Ctrl-C, once the library has stopped.
     """
     trt = library.module
-    log = _Log(trt)
+    log = Log(library)
     builder = trt.Builder(log.logger)
     network = builder.create_network(_network_flags(trt))
     _parse(trt, network, log, path)
@@ -105,7 +105,7 @@ def build_engine(library: Library, path: Path, options: BuildOptions, watch: Wat
     if watch.stopped:
         raise KeyboardInterrupt
     if plan is None:
-        raise BuildFailed(f"{path}: {library.name} {library.version} could not build it: {log.errors() or 'no reason'}")
+        raise BuildFailed(f"{path}: {library.name} {library.version} could not build it: {log.all()}")
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         options.timing_cache.write_bytes(bytes(memoryview(cache.serialize())))
@@ -118,12 +118,12 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parse(trt: Any, network: Any, log: _Log, path: Path) -> None:
+def _parse(trt: Any, network: Any, log: Log, path: Path) -> None:
     parser = trt.OnnxParser(network, log.logger)
     if parser.parse_from_file(str(path)):
         return
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = list(dict.fromkeys(_error(error) for error in errors)) or [log.errors()]
+    told = list(dict.fromkeys(_error(error) for error in errors)) or [log.all()]
     raise BuildFailed(f"{path}: the ONNX parser refuses it: {'; '.join(told)}")
 
 
@@ -216,37 +216,16 @@ def _layers(network: Any) -> tuple[Layer, ...]:
     return tuple(Layer(kind, count) for kind, count in kinds.most_common())
 
 
-class _Log:
-    """Collects what the library says; its errors are its only explanation of a failure."""
-
-    def __init__(self, trt: Any) -> None:
-        found: list[str] = []
-        self._found = found
-
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    found.append(one_line(message))
-
-        self.logger = Logger()
-
-    def errors(self) -> str:
-        """All that were seen, each once."""
-        return "; ".join(dict.fromkeys(self._found))
-
-
 def _run(builder: Any, network: Any, config: Any, watch: Watch) -> Any:
-    """Build in a thread of its own, so that Ctrl-C reaches this one; the library stops at its next step."""
+    """Build in a thread of its own, so that signals reach this one; the library then stops at its next step."""
     with ThreadPoolExecutor(1, thread_name_prefix="engine build") as pool:
         future = pool.submit(builder.build_serialized_network, network, config)
-        while not future.done():
-            try:
+        try:
+            while not future.done():
                 wait([future], timeout=0.1)
-            except KeyboardInterrupt:
-                watch.stopped = True
+        except BaseException:  # Ctrl-C, or what SIGTERM raises; leaving waits for the thread
+            watch.stopped = True
+            raise
         return future.result()
 
 

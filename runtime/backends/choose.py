@@ -7,7 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 
 from ..bundle import Bundle
-from ..engines import LIBRARIES, find_engine, require_loadable
+from ..engine_library import load_library
+from ..engines import LIBRARIES, find_engine, require_fitting
 from ..errors import DcformerError, InputError
 from ..gpu import current_gpu
 from ..manifest import Manifest
@@ -38,14 +39,10 @@ def _candidates(bundle: Bundle, options: Options) -> Iterator[tuple[Options | No
         yield None, f"no GPU: {error}"
     else:
         for library in LIBRARIES:
-            module = importlib.util.find_spec(library)
-            if module is None:
-                yield None, f"{library} is not installed"
-                continue
             try:
                 record = find_engine(bundle, "image", options.precision, library, gpu)
-                require_loadable(bundle, record, str(importlib.import_module(library).__version__), gpu)
-            except (DcformerError, ImportError) as error:
+                require_fitting(bundle, record, load_library(library).version, gpu)
+            except DcformerError as error:
                 yield None, f"{library}: {error}"
                 continue
             yield (dataclasses.replace(options, backend=library, device="cuda"),

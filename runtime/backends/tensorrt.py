@@ -4,26 +4,25 @@ Each request takes a slot from a bounded pool: an execution context, a stream, o
 staging for all inputs and outputs at the largest profile. Where TensorRT runs the same shapes again, its kernels are
 replayed as one CUDA graph; TensorRT-RTX captures by itself.
 
-Loading is refused by real ``tensorrt_rtx`` objects in the tests; what runs has been run with a faked driver and engine
-only (which compute with ONNX Runtime), on a GPU not yet.
+Run with a faked driver and engine only, which compute with ONNX Runtime; on a GPU not yet.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engines import EngineRecord, Gpu, build_command, find_engine, require_loadable
-from ..errors import DeviceUnavailable, EngineRefused, InferenceError, InputError, MissingDependency, one_line
+from ..engine_library import Library, Log, load_library
+from ..engines import EngineRecord, Gpu, build_command, find_engine, read_engine, require_fitting
+from ..errors import DcformerWarning, DeviceUnavailable, EngineRefused, InferenceError, InputError
 from ..files import atomic_file, cache_folder
 from ..gpu import current_gpu
 from ..manifest import Preprocessing, TensorInfo
@@ -50,20 +49,20 @@ class TensorRtBackend:
             raise DeviceUnavailable(f"device {options.device!r}: the {options.backend} back end runs on a GPU; pass "
                                     "--device cuda")
         gpu = self._gpu = current_gpu()
-        trt, version = _import(options.backend)
+        library = load_library(options.backend)
         self._record = record or find_engine(bundle, role, options.precision, options.backend, gpu)
-        path = require_loadable(bundle, self._record, version, gpu)
-        self._trt, self._is_rtx = trt, options.backend == "tensorrt_rtx"
+        require_fitting(bundle, self._record, library.version, gpu)
+        self._is_rtx = library.is_rtx
         self._device = Device()
         self._device.use()
-        self._engine, self._log = _deserialize(trt, path, self._record, bundle.folder)
-        self._config, self._cache = self._runtime_config(gpu) if self._is_rtx else (None, None)
+        self._engine, self._log = _deserialize(library, bundle, self._record)
+        self._compiled = _Compiled(library, self._engine, self._record, gpu) if self._is_rtx else None
         self._shapes = _Shapes(self._record)
         self._free = threading.BoundedSemaphore(slots)
         self._idle: list[_Slot] = []
         self._lock = threading.Lock()
         self._sampler: Sampler | None = None
-        self._description = f"{options.backend} {version}, {gpu.name}, {self._record.engine}"
+        self._description = f"{library.name} {library.version}, {gpu.name}, {self._record.engine}"
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Compute the named outputs.
@@ -80,7 +79,10 @@ class TensorRtBackend:
         inputs = {name: self._shapes.check(name, feeds[name]) for name in self._shapes.inputs}
         self._device.use()
         with self._slot() as slot:
-            return slot.run(inputs, outputs)
+            found = slot.run(inputs, outputs)
+        if self._compiled is not None:
+            self._compiled.keep()
+        return found
 
     def preprocess(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, DeviceArray]:
         """What the engine reads of a scan, made on the GPU and left there. Raises like ``scan_feeds``."""
@@ -108,35 +110,39 @@ class TensorRtBackend:
                 self._idle.append(slot)
 
     def _context(self) -> Any:
-        context = (self._engine.create_execution_context() if self._config is None else
-                   self._engine.create_execution_context(self._config))
+        context = (self._engine.create_execution_context() if self._compiled is None else
+                   self._engine.create_execution_context(self._compiled.config))
         if context is None:
             raise InferenceError(f"{self._record.engine}: no execution context ({self._log.last()}); most often for "
                                  "want of GPU memory")
         return context
 
-    def _runtime_config(self, gpu: Gpu) -> tuple[Any, Any]:
-        """TensorRT-RTX compiles for the GPU at first use; what it compiled is kept for the next start."""
-        config = self._engine.create_runtime_config()
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        cache = config.create_runtime_cache()
-        path = self._cache_path(gpu)
-        if path.exists():
-            cache.deserialize(path.read_bytes())
-        config.set_runtime_cache(cache)
-        return config, (cache, path)
 
-    def _cache_path(self, gpu: Gpu) -> Path:
-        name = f"{self._record.sha256[:20]}-{gpu.compute_capability}-{self._record.version}.cache"
-        return cache_folder() / "tensorrt_rtx" / name
+class _Compiled:
+    """TensorRT-RTX compiles for the GPU at first use; what it compiled is kept for the next start."""
 
-    def save_cache(self) -> None:
-        """Keep what TensorRT-RTX has compiled; call once it has run. Nothing to do for TensorRT."""
-        if self._cache is not None:
-            cache, path = self._cache
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as temporary:
-                temporary.write_bytes(bytes(memoryview(cache.serialize())))
+    def __init__(self, library: Library, engine: Any, record: EngineRecord, gpu: Gpu) -> None:
+        self._path = cache_folder() / "tensorrt_rtx" / (
+            f"{record.sha256[:20]}-{gpu.compute_capability}-{record.version}.cache")
+        self.config = engine.create_runtime_config()
+        self.config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._cache = self.config.create_runtime_cache()
+        if self._path.exists():
+            self._cache.deserialize(self._path.read_bytes())
+        self.config.set_runtime_cache(self._cache)
+        self._kept = self._path.exists()
+
+    def keep(self) -> None:
+        """Write it, after the first run."""
+        if self._kept:
+            return
+        self._kept = True
+        try:
+            with atomic_file(self._path) as temporary:
+                temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
+        except (OSError, InputError) as error:
+            warnings.warn(f"{self._path}: {error}; tensorrt_rtx compiles anew each time. XDG_CACHE_HOME names another "
+                          "folder", DcformerWarning, stacklevel=3)
 
 
 class _Shapes:
@@ -182,7 +188,7 @@ class _Shapes:
 class _Slot:
     """What one request at a time uses."""
 
-    def __init__(self, device: Device, context: Any, shapes: _Shapes, is_rtx: bool, log: _Log) -> None:
+    def __init__(self, device: Device, context: Any, shapes: _Shapes, is_rtx: bool, log: Log) -> None:
         self._device, self._context, self._shapes, self._is_rtx, self._log = device, context, shapes, is_rtx, log
         self._memory = Memory(device, plan_buffers(shapes.largest_bytes()))
         try:
@@ -246,45 +252,14 @@ class _Slot:
         self._stream.close()
 
 
-class _Log:
-    """Keeps the library's errors."""
-
-    def __init__(self, trt: Any) -> None:
-        found: list[str] = []
-        self._found = found
-
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    found.append(one_line(message))
-
-        self.logger = Logger()
-
-    def last(self) -> str:
-        """The last error."""
-        return self._found[-1] if self._found else "no reason given"
-
-
-def _import(name: str) -> tuple[Any, str]:
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        package = {"tensorrt": "tensorrt-cu12 or -cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}[name]
-        raise MissingDependency(f"the {name} back end: not installed (or broken: {error}); pip install {package}"
-                                ) from error
-    return module, str(module.__version__)
-
-
-def _deserialize(trt: Any, path: Path, record: EngineRecord, folder: Path) -> tuple[Any, _Log]:
-    log = _Log(trt)
-    runtime = trt.Runtime(log.logger)
-    engine = runtime.deserialize_cuda_engine(path.read_bytes()) if runtime else None
+def _deserialize(library: Library, bundle: Bundle, record: EngineRecord) -> tuple[Any, Log]:
+    log = Log(library)
+    runtime = library.module.Runtime(log.logger)
+    engine = runtime.deserialize_cuda_engine(read_engine(bundle, record)) if runtime else None
     if engine is None:
-        raise EngineRefused(f"{path}: {record.library} {record.version} refuses it here: {log.last()}; run on this "
-                            f"machine: {build_command(folder, record.precision, record.library)}")
+        raise EngineRefused(f"{bundle.folder / record.engine}: {library.name} {library.version} refuses it here: "
+                            f"{log.last()}; run on this machine: "
+                            f"{build_command(bundle.folder, record.precision, record.library)}")
     return engine, log
 
 

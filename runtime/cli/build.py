@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..bundle import open_bundle
+from ..engine_library import load_library
 from ..errors import InputError
 from ..files import cache_folder
 from ..gpu import gpu_or_none
@@ -53,7 +54,6 @@ def command(bundle: Path, precisions: str, engine_library: str, max_batch: int, 
     """
     from ...export.engine.add_engines import add_engines
     from ...export.engine.build import HARDWARE, TILING, BuildOptions
-    from ...export.engine.libraries import load_library
 
     names = [name.strip() for name in precisions.split(",")]
     for index, name in enumerate(names):

@@ -54,17 +54,11 @@ def test_on_a_gpu(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("tensorrt_rtx")
     bundle = with_engines(calibrated, tmp_path / "bundle")
     fake = install(bundle, monkeypatch)
-    real_find, versions = choose.importlib.util.find_spec, {"tensorrt": "10.13.2"}
-    monkeypatch.setattr(choose.importlib.util, "find_spec",
-                        lambda name: True if name in versions else real_find(name))
-    real_import = choose.importlib.import_module
-    monkeypatch.setattr(choose.importlib, "import_module", lambda name: (
-        type("Module", (), {"__version__": versions[name]}) if name in versions else real_import(name)))
     opened = open_bundle(bundle)
     options, why = choose_backend(opened, Options(backend="auto", precision="fp16"))
     assert (options.backend, options.device) == ("tensorrt", "cuda")
     assert why == "tensorrt, as the bundle holds image.fp16.tensorrt.sm90.engine for this NVIDIA H100"
-    versions["tensorrt"] = "10.12.0"
+    fake.versions["tensorrt"] = "10.12.0"
     options, why = choose_backend(opened, Options(backend="auto", precision="fp16"))
     assert options.backend == "tensorrt_rtx"
     assert why.startswith("tensorrt: ")

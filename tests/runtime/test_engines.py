@@ -16,8 +16,9 @@ from dcformer_deploy.runtime.engines import (
     Shapes,
     engine_records,
     find_engine,
+    read_engine,
     read_record,
-    require_loadable,
+    require_fitting,
     runs_on,
 )
 from dcformer_deploy.runtime.errors import BundleError, EngineRefused
@@ -66,7 +67,8 @@ def test_where_an_engine_runs(targets: tuple[str, ...], gpu: Gpu, expected: bool
 def test_what_fits_is_loaded(pristine_bundle: Path, tmp_path: Path):
     bundle = _bundle(pristine_bundle, tmp_path / "b")
     record = find_engine(bundle, "image", "fp32", "tensorrt", H100)
-    assert require_loadable(bundle, record, "10.13.2.6", H100) == tmp_path / "b" / NAME
+    require_fitting(bundle, record, "10.13.2.6", H100)
+    assert read_engine(bundle, record) == b"an engine"
 
 
 @pytest.mark.parametrize(("changes", "version", "gpu", "message"), [
@@ -82,25 +84,26 @@ def test_what_does_not_fit_is_refused(pristine_bundle: Path, tmp_path: Path, cha
                                       gpu: Gpu, message: str):
     bundle = _bundle(pristine_bundle, tmp_path / "b", **changes)
     with pytest.raises(EngineRefused, match=message):
-        require_loadable(bundle, engine_records(bundle)[0], version, gpu)
+        require_fitting(bundle, engine_records(bundle)[0], version, gpu)
 
 
 def test_version_compatible_engines_load_later(pristine_bundle: Path, tmp_path: Path):
     bundle = _bundle(pristine_bundle, tmp_path / "b", version_compatible=True)
-    assert require_loadable(bundle, engine_records(bundle)[0], "10.14.0", H100).name == NAME
+    require_fitting(bundle, engine_records(bundle)[0], "10.14.0", H100)
 
 
 def test_other_bytes(pristine_bundle: Path, tmp_path: Path):
     """Also where the manifest agrees with the file: the record is what was built."""
     bundle = _bundle(pristine_bundle, tmp_path / "b", sha256="0" * 64)
-    with pytest.raises(BundleError, match="not the bytes that were built"):
-        require_loadable(bundle, engine_records(bundle)[0], "10.13.2.6", H100)
+    with pytest.raises(EngineRefused, match="not the bytes that were built; copy the bundle again, or run: dcformer"):
+        read_engine(bundle, engine_records(bundle)[0])
     changed = _bundle(pristine_bundle, tmp_path / "c")
     (tmp_path / "c" / NAME).write_bytes(b"an evil 1")
-    with pytest.raises(BundleError, match="changed since the bundle was opened"):
-        require_loadable(changed, engine_records(changed)[0], "10.13.2.6", H100)
-    with pytest.raises(BundleError, match="sha256 is"):
-        open_bundle(tmp_path / "c")
+    with pytest.raises(EngineRefused, match="not the bytes that were built"):
+        read_engine(changed, engine_records(changed)[0])
+    (tmp_path / "c" / NAME).unlink()
+    with pytest.raises(EngineRefused, match="cannot be read .*; run: dcformer build"):
+        read_engine(changed, engine_records(changed)[0])
 
 
 def test_none_was_built(pristine_bundle: Path):

@@ -14,7 +14,14 @@ from dcformer_deploy.runtime import InputError, gpu, load
 from dcformer_deploy.runtime.backends import Options, device, tensorrt
 from dcformer_deploy.runtime.backends.device import plan_buffers
 from dcformer_deploy.runtime.bundle import open_bundle
-from dcformer_deploy.runtime.errors import DcformerError, DeviceLost, DeviceUnavailable, EngineRefused, InferenceError
+from dcformer_deploy.runtime.errors import (
+    DcformerError,
+    DcformerWarning,
+    DeviceLost,
+    DeviceUnavailable,
+    EngineRefused,
+    InferenceError,
+)
 from dcformer_deploy.runtime.model import Model
 
 pytest.importorskip("tensorrt_rtx")
@@ -160,12 +167,12 @@ def test_a_lost_device_says_so(built: Path, library: FakeTensorRt):
         model.image_outputs(volumes)
 
 
-def test_engines_that_do_not_fit(built: Path, library: FakeTensorRt, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tensorrt, "_import", lambda name: (library, "10.14.0"))
+def test_engines_that_do_not_fit(built: Path, library: FakeTensorRt):
+    library.versions["tensorrt"] = "10.14.0"
     with pytest.raises(EngineRefused, match=r"built by tensorrt 10.13.2, here is 10.14.0; run: dcformer build .*"
                        "--precision fp16 --engine-library tensorrt"):
         _model(built).describe()
-    monkeypatch.setattr(tensorrt, "_import", lambda name: (library, "10.13.2"))
+    library.versions["tensorrt"] = "10.13.2"
     library.driver.capability = (8, 9)
     with pytest.raises(EngineRefused, match="built for compute capability 9.0, this NVIDIA H100 has 8.9"):
         _model(built).describe()
@@ -180,11 +187,17 @@ def test_engines_that_do_not_fit(built: Path, library: FakeTensorRt, monkeypatch
 def test_what_rtx_compiled_is_kept(built: Path, library: FakeTensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = Options("cuda", backend="tensorrt_rtx", precision="fp16")
-    backend = tensorrt.TensorRtBackend(open_bundle(built), "image", options)
+    feeds = {name: np.ones((1, 4), np.int64) for name in ("input_ids", "attention_mask")}
+    backend = tensorrt.TensorRtBackend(open_bundle(built), "text", options)
+    assert not list(tmp_path.iterdir())
+    backend.run(feeds, ["text_embedding"])
     assert library.compiled == b""
-    backend.save_cache()
-    tensorrt.TensorRtBackend(open_bundle(built), "image", options)
+    tensorrt.TensorRtBackend(open_bundle(built), "text", options)
     assert library.compiled == b"compiled"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(DcformerWarning, match="tensorrt_rtx compiles anew each time"):
+        tensorrt.TensorRtBackend(open_bundle(built), "text", options).run(feeds, ["text_embedding"])
 
 
 def test_without_a_gpu(built: Path):

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
-from dcformer_deploy.export.engine import libraries
 from dcformer_deploy.export.engine.build import BuildOptions, Watch, build_engine
-from dcformer_deploy.export.engine.libraries import load_library
+from dcformer_deploy.runtime import engine_library
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.engine_library import load_library
 from dcformer_deploy.runtime.engines import engine_records
 from dcformer_deploy.runtime.errors import BuildFailed, InputError, MissingDependency
 from dcformer_deploy.runtime.files import sha256_file
@@ -171,7 +171,7 @@ def test_which_library(monkeypatch: pytest.MonkeyPatch, calibrated: Path, capsys
             if name not in found:
                 raise ImportError(f"no {name}")
             return SimpleNamespace(__version__=found[name])
-        monkeypatch.setattr(libraries.importlib, "import_module", load)
+        monkeypatch.setattr(engine_library.importlib, "import_module", load)
 
     find({"tensorrt": "10.13.2", "tensorrt_rtx": "1.7"})
     assert load_library("auto").name == "tensorrt"

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: one interface, two modules."""
+"""TensorRT and TensorRT-RTX: one interface, two modules; for building engines and for running them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from ...runtime.engines import LIBRARIES
-from ...runtime.errors import InputError, MissingDependency
+from .engines import LIBRARIES
+from .errors import InputError, MissingDependency, one_line
 
 AUTO = "auto"
-#: Where the libraries come from; both are NVIDIA's own packages.
-INSTALL = {"tensorrt": "pip install tensorrt-cu12 (or -cu13, as your driver's CUDA version)",
-           "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
+#: NVIDIA's own packages.
+_INSTALL = {"tensorrt": "pip install tensorrt-cu12 (or -cu13, as your driver's CUDA version)",
+            "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
 _OLDEST = 10
 
 
@@ -44,10 +44,36 @@ def load_library(name: str) -> Library:
         try:
             module = importlib.import_module(candidate)
         except ImportError as error:
-            reasons.append(f"{candidate} is not installed (or broken: {error}); {INSTALL[candidate]}")
+            reasons.append(f"{candidate} is not installed (or broken: {error}); {_INSTALL[candidate]}")
             continue
         version = str(module.__version__)
         if candidate == "tensorrt" and int(version.split(".")[0]) < _OLDEST:
             raise InputError(f"tensorrt {version}: too old for strongly typed networks; {_OLDEST}.0 or newer is needed")
         return Library(candidate, module, version)
     raise MissingDependency("; ".join(reasons))
+
+
+class Log:
+    """Collects a library's errors, its only explanation of a failure. ``logger``: what the library writes to."""
+
+    def __init__(self, library: Library) -> None:
+        trt, found = library.module, list[str]()
+        self._found = found
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    found.append(one_line(message))
+
+        self.logger = Logger()
+
+    def all(self) -> str:
+        """Every error that was seen, once."""
+        return "; ".join(dict.fromkeys(self._found)) or "no reason given"
+
+    def last(self) -> str:
+        """The last error."""
+        return self._found[-1] if self._found else "no reason given"
