@@ -26,8 +26,8 @@ from ...runtime.errors import DcformerWarning, InputError
 from ...runtime.files import atomic_folder, sha256_file
 from ...runtime.machine import machine
 from ...runtime.manifest import MANIFEST_NAME, Graph
-from .build import BuildOptions, Built, Watch, build_engine, options_as_sides
-from .preflight import Preflight, preflight
+from .build import BuildOptions, Built, Watch, build_engine, options_as_sides, require_known
+from .preflight import Preflight, preflight, require_fitting_batch
 
 
 def add_engines(bundle: Bundle, library: Library, precisions: Sequence[str], options: BuildOptions, gpu: Gpu | None,
@@ -40,9 +40,12 @@ def add_engines(bundle: Bundle, library: Library, precisions: Sequence[str], opt
         gpu: of this machine; None = there is none, which only tensorrt_rtx can do with.
 
     Raises:
-        InputError: a precision that the bundle does not have, or a tensor beyond what TensorRT can hold.
+        InputError: a precision that the bundle does not have, an option that the library does not have, or a tensor
+            beyond what TensorRT can hold.
+        DeviceUnavailable: a GPU is needed and is not there.
         BuildFailed: the library's own reason.
     """
+    require_known(library, options, gpu is not None)
     options = _fitted(bundle, options)
     graphs = [_graph(bundle, role, precision) for precision in precisions for role in _roles(bundle)]
     checks = []
@@ -50,7 +53,9 @@ def add_engines(bundle: Bundle, library: Library, precisions: Sequence[str], opt
         display.stage(f"checking {graph.file}")
         proto = onnx.load(bundle.path(graph.file), load_external_data=False)
         checks.append(preflight(proto, options_as_sides(options), graph.file))
-        _warn_of_memory(graph, checks[-1], options, gpu)
+    require_fitting_batch(checks)
+    for graph, check in zip(graphs, checks, strict=True):
+        _warn_of_memory(graph, check, options, gpu)
     made = [(graph, _file_name(graph, library, options, gpu)) for graph in graphs]
     names = {name for _, name in made}
     replaced = {file for record in engine_records(bundle) if record.engine in names for file in record.files}
@@ -108,9 +113,7 @@ def _targets(library: Library, options: BuildOptions, gpu: Gpu | None) -> tuple[
         return options.gpus or (PORTABLE,)
     if options.hardware == "ampere-plus":
         return (PORTABLE,)
-    if gpu is None:
-        raise InputError("--engine-library tensorrt: builds on the GPU that the engine is for, and here is none; "
-                         "tensorrt_rtx builds without")
+    assert gpu is not None  # require_known has seen to it
     return (gpu.compute_capability,)
 
 

@@ -21,7 +21,8 @@ import onnx
 
 from ...runtime.engine_library import Library, Log
 from ...runtime.engines import EngineTensor, Layer, Shapes
-from ...runtime.errors import BuildFailed, InputError, one_line
+from ...runtime.errors import BuildFailed, DeviceUnavailable, InputError, one_line
+from ...runtime.files import atomic_file
 
 #: Axes whose length a profile gives.
 BATCH, SEQUENCE = "batch", "sequence"
@@ -87,6 +88,20 @@ def build_engine(library: Library, path: Path, options: BuildOptions, watch: Wat
         InputError: an option that the library does not have.
         KeyboardInterrupt: after Ctrl-C, once the library has stopped.
     """
+    watch = watch or Watch()
+    # In a thread of its own: an exception that a signal raises in what the library calls back would be lost there.
+    with ThreadPoolExecutor(1, thread_name_prefix="engine build") as pool:
+        try:
+            future = pool.submit(_build, library, path, options, watch)
+            while not future.done():
+                wait([future], timeout=0.1)
+        except BaseException:  # Ctrl-C, or what SIGTERM raises; leaving waits until the library has stopped
+            watch.stopped = True
+            raise
+        return future.result()
+
+
+def _build(library: Library, path: Path, options: BuildOptions, watch: Watch) -> Built:
     trt = library.module
     log = Log(library)
     builder = trt.Builder(log.logger)
@@ -97,18 +112,18 @@ def build_engine(library: Library, path: Path, options: BuildOptions, watch: Wat
     profile, shapes = _profile(builder, network, path, options)
     config.add_optimization_profile(profile)
     tensors, layers = _describe(trt, network), _layers(network)
-    watch = watch or Watch()
     monitor = _monitor(trt, watch)
     config.progress_monitor = monitor
     start = time.perf_counter()
-    plan = _run(builder, network, config, watch)
+    plan = builder.build_serialized_network(network, config)
     if watch.stopped:
         raise KeyboardInterrupt
     if plan is None:
         raise BuildFailed(f"{path}: {library.name} {library.version} could not build it: {log.all()}")
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        options.timing_cache.write_bytes(bytes(memoryview(cache.serialize())))
+        with atomic_file(options.timing_cache) as temporary:
+            temporary.write_bytes(bytes(memoryview(cache.serialize())))
     return Built(bytes(memoryview(plan)), shapes, tensors, layers, time.perf_counter() - start)
 
 
@@ -151,10 +166,10 @@ def _configure(library: Library, config: Any, options: BuildOptions) -> Any:
             config.set_flag(getattr(trt.BuilderFlag, name))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if library.is_rtx:
-        _configure_rtx(trt, config, options)
+        for index, gpu in enumerate(options.gpus):
+            config.num_compute_capabilities = len(options.gpus)
+            config.set_compute_capability(_capabilities(trt)[gpu], index)
         return None
-    if options.gpus:
-        raise InputError("--gpu: tensorrt builds for the GPU that it runs on; use --hardware, or tensorrt_rtx")
     config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel,
                                                   options.hardware.upper().replace("-", "_"))
     stored = options.timing_cache.read_bytes() if options.timing_cache and options.timing_cache.exists() else b""
@@ -163,19 +178,36 @@ def _configure(library: Library, config: Any, options: BuildOptions) -> Any:
     return cache
 
 
-def _configure_rtx(trt: Any, config: Any, options: BuildOptions) -> None:
-    if options.version_compatible or options.hardware != HARDWARE[0]:
-        raise InputError("--version-compatible, --hardware: tensorrt_rtx engines have neither; --gpu names their GPUs")
-    known = {name[2:-1] + "." + name[-1]: value for name, value in trt.ComputeCapability.__members__.items()
-             if name.startswith("SM")}
-    unknown = [gpu for gpu in options.gpus if gpu not in known]
-    if unknown:
-        raise InputError(f"--gpu {unknown[0]}: tensorrt_rtx builds for {', '.join(known)}, or portable engines for all "
-                         "from 8.0 on without --gpu")
-    if options.gpus:
-        config.num_compute_capabilities = len(options.gpus)
-        for index, gpu in enumerate(options.gpus):
-            config.set_compute_capability(known[gpu], index)
+def _capabilities(trt: Any) -> dict[str, Any]:
+    """By name, such as "8.9"."""
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in trt.ComputeCapability.__members__.items()
+            if name.startswith("SM")}
+
+
+def require_known(library: Library, options: BuildOptions, has_gpu: bool) -> None:
+    """Refuse, before any work, what a library does not have or what needs a GPU.
+
+    Raises:
+        InputError: an option of the other library, a GPU that it does not build for, one named twice.
+        DeviceUnavailable: no GPU, and one is needed.
+    """
+    if not library.is_rtx:
+        if options.gpus:
+            raise InputError("--gpu: tensorrt builds for the GPU that it runs on; use --hardware, or tensorrt_rtx")
+        if not has_gpu:
+            raise DeviceUnavailable("--engine-library tensorrt: builds on the GPU that the engine is for, and here is "
+                                    "none; tensorrt_rtx builds without")
+        return
+    if options.version_compatible or options.hardware != HARDWARE[0] or options.tiling is not None:
+        raise InputError("--version-compatible, --hardware, --tiling: tensorrt_rtx engines have none of them; --gpu "
+                         "names their GPUs")
+    if (options.strip_weights or options.refit) and not has_gpu:
+        raise DeviceUnavailable("--strip-weights, --refit: need a GPU while the engine is built, and here is none")
+    known = _capabilities(library.module)
+    for index, gpu in enumerate(options.gpus):
+        if gpu not in known or gpu in options.gpus[:index]:
+            raise InputError(f"--gpu {gpu}: tensorrt_rtx builds for {', '.join(known)}, each named once; without --gpu "
+                             "portable engines for all from 8.0 on")
 
 
 def _profile(builder: Any, network: Any, path: Path, options: BuildOptions) -> tuple[Any, dict[str, Shapes]]:
@@ -214,19 +246,6 @@ def _dtype(trt: Any, dtype: Any) -> str:
 def _layers(network: Any) -> tuple[Layer, ...]:
     kinds = Counter(network.get_layer(index).type.name.lower() for index in range(network.num_layers))
     return tuple(Layer(kind, count) for kind, count in kinds.most_common())
-
-
-def _run(builder: Any, network: Any, config: Any, watch: Watch) -> Any:
-    """Build in a thread of its own, so that signals reach this one; the library then stops at its next step."""
-    with ThreadPoolExecutor(1, thread_name_prefix="engine build") as pool:
-        future = pool.submit(builder.build_serialized_network, network, config)
-        try:
-            while not future.done():
-                wait([future], timeout=0.1)
-        except BaseException:  # Ctrl-C, or what SIGTERM raises; leaving waits for the thread
-            watch.stopped = True
-            raise
-        return future.result()
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:

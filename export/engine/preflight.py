@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -17,11 +17,17 @@ LARGEST_TENSOR = 2**31 - 1
 
 @dataclass(frozen=True)
 class Preflight:
-    """Bytes of activations that are alive at once, if nothing is fused; where; and of the weights."""
+    """Bytes of activations that are alive at once, if nothing is fused; where; and of the weights.
+
+    ``largest_batch``: that fits what TensorRT can index. ``too_large``: the tensor that does not, for people, if the
+    batch asked for is larger.
+    """
 
     activation_bytes: int
     at_node: str
     weight_bytes: int
+    largest_batch: int
+    too_large: str | None
 
 
 def preflight(proto: onnx.ModelProto, sides: Mapping[str, int], file: str) -> Preflight:
@@ -29,29 +35,35 @@ def preflight(proto: onnx.ModelProto, sides: Mapping[str, int], file: str) -> Pr
 
     Args:
         proto: the graph; weights may be external.
-        sides: of the dynamic axes, by name; "batch" is the one that messages suggest to lower.
+        sides: of the dynamic axes, by name, "batch" among them.
         file: for messages.
+    """
+    shapes, kinds = _shapes(proto, sides)
+    batch = sides.get("batch", 1)
+    made_by = {name: node.op_type for node in proto.graph.node for name in node.output if name in shapes}
+    widest = max(made_by, key=lambda name: math.prod(shapes[name]), default=None)
+    largest, too_large = batch, None
+    if widest is not None and math.prod(shapes[widest]) > LARGEST_TENSOR:
+        largest = LARGEST_TENSOR // max(1, math.prod(shapes[widest]) // batch)
+        too_large = (f"{file}: {widest} (made by {made_by[widest]}) would be {'x'.join(map(str, shapes[widest]))}, "
+                     f"{math.prod(shapes[widest]):,} elements; TensorRT holds {LARGEST_TENSOR:,}")
+    sizes = {name: math.prod(shape) * _item_bytes(kinds[name]) for name, shape in shapes.items()}
+    peak, where = _peak(proto, sizes)
+    weights = sum(math.prod(tensor.dims) * _item_bytes(tensor.data_type) for tensor in proto.graph.initializer)
+    return Preflight(peak, where, weights, largest, too_large)
+
+
+def require_fitting_batch(checks: Sequence[Preflight]) -> None:
+    """Refuse a batch that is too large for one of several graphs, with the one that fits all.
 
     Raises:
         InputError: a tensor with more elements than TensorRT can index.
     """
-    shapes, kinds = _shapes(proto, sides)
-    for node in proto.graph.node:
-        for name in node.output:
-            if name in shapes and math.prod(shapes[name]) > LARGEST_TENSOR:
-                raise InputError(_too_large(node, name, shapes[name], sides.get("batch", 1), file))
-    sizes = {name: math.prod(shape) * _item_bytes(kinds[name]) for name, shape in shapes.items()}
-    peak, where = _peak(proto, sizes)
-    weights = sum(math.prod(tensor.dims) * _item_bytes(tensor.data_type) for tensor in proto.graph.initializer)
-    return Preflight(peak, where, weights)
-
-
-def _too_large(node: onnx.NodeProto, name: str, shape: list[int], batch: int, file: str) -> str:
-    fits = LARGEST_TENSOR // max(1, math.prod(shape) // batch)
-    advice = f"the largest batch that fits is {fits}: pass --max-batch {fits}" if fits else \
-        "it does not fit even for a batch of one"
-    return (f"{file}: {name} (made by {node.op_type}) would be {'x'.join(map(str, shape))}, "
-            f"{math.prod(shape):,} elements; TensorRT holds {LARGEST_TENSOR:,}; {advice}")
+    worst = min(checks, key=lambda check: check.largest_batch)
+    if worst.too_large is not None:
+        advice = f"the largest batch that fits is {worst.largest_batch}: pass --max-batch {worst.largest_batch}" if \
+            worst.largest_batch else "it does not fit even for a batch of one"
+        raise InputError(f"{worst.too_large}; {advice}")
 
 
 def _shapes(proto: onnx.ModelProto, sides: Mapping[str, int]) -> tuple[dict[str, list[int]], dict[str, int]]:

@@ -17,6 +17,7 @@ from dcformer_deploy.runtime.engine_library import load_library
 from dcformer_deploy.runtime.engines import engine_records
 from dcformer_deploy.runtime.errors import BuildFailed, InputError, MissingDependency
 from dcformer_deploy.runtime.files import sha256_file
+from dcformer_deploy.runtime.gpu import gpu_or_none
 from graphs import GraphBuilder
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -106,11 +107,15 @@ def test_the_parser_names_node_and_operator(tmp_path: Path):
         build_engine(load_library("auto"), tmp_path / "g.onnx", BuildOptions())
 
 
-def test_the_builders_own_words(built: Path, capsys, tmp_path: Path):
+def test_the_builders_own_words(built: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     """What needs a GPU fails here, and leaves nothing behind."""
     before = sorted(path.name for path in built.iterdir())
     digest = sha256_file(built / "manifest.json")
-    refuse(capsys, 2, "could not build it: ", "build", built, "--precision", "fp16", "--refit")
+    with monkeypatch.context() as patch:
+        patch.setattr("dcformer_deploy.export.engine.add_engines.require_known", lambda *_: None)
+        refuse(capsys, 2, "could not build it: ", "build", built, "--precision", "fp16", "--refit")
+    if gpu_or_none() is None:
+        refuse(capsys, 3, "--strip-weights, --refit: need a GPU while", "build", built, "--refit")
     assert sorted(path.name for path in built.iterdir()) == before
     assert sha256_file(built / "manifest.json") == digest
     assert not [path for path in built.parent.iterdir() if path != built]
@@ -157,8 +162,9 @@ def test_refusals(calibrated: Path, pristine_bundle: Path, capsys):
            "--engine-library", "trt")
     refuse(capsys, 2, "--gpu 9.0: tensorrt_rtx builds for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1", "build", calibrated, "--gpu",
            "9.0")
-    refuse(capsys, 2, "--version-compatible, --hardware: tensorrt_rtx engines have neither", "build", calibrated,
-           "--version-compatible")
+    refuse(capsys, 2, "--gpu 8.9: tensorrt_rtx builds for 7.5, 8.0", "build", calibrated, "--gpu", "8.9,8.9")
+    for options in (["--version-compatible"], ["--tiling", "fast"]):
+        refuse(capsys, 2, "--tiling: tensorrt_rtx engines have none of them", "build", calibrated, *options)
     refuse(capsys, 2, "--hardware 'all': expected one of none, ampere-plus", "build", calibrated, "--hardware", "all")
     refuse(capsys, 2, "--batch 9: more than --max-batch 8", "build", calibrated, "--batch", "9")
     refuse(capsys, 2, "elements; TensorRT holds 2,147,483,647; the largest batch that fits is ", "build", calibrated,

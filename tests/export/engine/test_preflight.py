@@ -3,7 +3,7 @@
 import onnx
 import pytest
 
-from dcformer_deploy.export.engine.preflight import preflight
+from dcformer_deploy.export.engine.preflight import preflight, require_fitting_batch
 from dcformer_deploy.runtime.errors import InputError
 from graphs import GraphBuilder
 
@@ -20,11 +20,28 @@ def test_tensors_beyond_31_bits():
     assert preflight(proto, {"batch": 1}, "g.onnx").activation_bytes == 2 * 32 * 2**25 * 4
     with pytest.raises(InputError, match=r"g.onnx: v0 \(made by Conv\) would be 8x32x128x512x512, 8,589,934,592 "
                        r"elements; TensorRT holds 2,147,483,647; the largest batch that fits is 1: pass --max-batch 1"):
-        preflight(proto, {"batch": 8}, "g.onnx")
+        require_fitting_batch([preflight(proto, {"batch": 8}, "g.onnx")])
     graph = GraphBuilder()
     proto = graph.finish(graph.node("Conv", "x", graph.weight(64, 1, 1, 1, 1)), {"x": ["batch", 1, 128, 512, 512]})
     with pytest.raises(InputError, match="does not fit even for a batch of one"):
-        preflight(proto, {"batch": 1}, "g.onnx")
+        require_fitting_batch([preflight(proto, {"batch": 1}, "g.onnx")])
+
+
+def test_the_advice_holds_for_all_graphs(calibrated):
+    """What it says fits does fit, and one more does not."""
+    graphs = {name: onnx.load(calibrated / name, load_external_data=False) for name in (
+        "image.fp16.onnx", "image.int8.tensorrt.onnx", "text.fp16.onnx")}
+
+    def check(batch: int) -> None:
+        sides = {"batch": batch, "sequence": 512}
+        require_fitting_batch([preflight(proto, sides, name) for name, proto in graphs.items()])
+
+    with pytest.raises(InputError) as caught:
+        check(65536)
+    fits = int(str(caught.value).rsplit(" ", 1)[1])
+    check(fits)
+    with pytest.raises(InputError, match=f"pass --max-batch {fits}"):
+        check(fits + 1)
 
 
 def test_memory_that_is_alive_at_once():
