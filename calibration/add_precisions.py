@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Man
 from ..runtime.volume import image_feeds
 from .calibrate import image_graph, load_graph
 from .compensate import Correlations, bfloat16_rounding, half_rounding, replace_weights
-from .emulate import emulate
+from .emulate import EmulatedBackend
 from .half import Half, to_bfloat16, to_half
 from .integers import Weights, compensated, worthwhile_depthwise
 from .layers import Layer, group_name, reads_stacked_planes
@@ -259,14 +258,10 @@ def _require_finite(folder: Path, graph: Graph, manifest: Manifest) -> None:
     else:
         feeds = {"input_ids": np.ones((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
         output = "text_embedding"
-    with tempfile.TemporaryDirectory() as scratch:
-        path = folder / graph.file
-        if graph.target == GPU_TARGET:
-            path = Path(scratch) / graph.file
-            onnx.save(emulate(onnx.load(folder / graph.file)), path)
-            feeds = {name: array.astype(np.float32) if array.dtype == np.float16 else array
-                     for name, array in feeds.items()}
-        (found,) = open_graph(path, Options()).run(feeds, [output])
+    path = folder / graph.file
+    backend = (EmulatedBackend(onnx.load(path), Options()) if graph.target == GPU_TARGET else
+               open_graph(path, Options()))
+    (found,) = backend.run(feeds, [output])
     if not np.isfinite(found).all():
         raise CheckFailed(f"{graph.file}: gives NaN or infinite embeddings; nothing was written")
 

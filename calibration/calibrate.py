@@ -20,7 +20,7 @@ from .compensate import Correlations
 from .layers import quantizable_layers
 from .observe import BUDGET_BYTES, Observer
 from .record import Record, data_digest, model_digest, read_record, write_record
-from .scans import Scan
+from .scans import Scan, too_few
 
 
 def load_graph(bundle: Bundle, graph: Graph) -> onnx.ModelProto:
@@ -79,8 +79,7 @@ def observe(bundle: Bundle, scans: Sequence[Scan], count: int, state: Path, opti
         write_record(state, _record(model, done, observer))
         display.advance()
     if len(done) < count:
-        raise InputError(f"only {len(done)} of the {len(scans)} scans can be read, but {count} were asked for; pass "
-                         f"--samples {len(done)}" if done else f"none of the {len(scans)} scans can be read")
+        raise InputError(too_few(len(done), len(scans), count))
     return _record(model, done, observer), observer.correlations
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..runtime.errors import DcformerError, EngineRefused, InputError
 from ..runtime.manifest import ANY_TARGET, Graph
 from ..runtime.volume import image_feeds
 from .calibrate import load_graph
-from .emulate import emulate
+from .emulate import EmulatedBackend
 from .sqnr import EXACT_DB, energy, signal_to_noise_db
 
 #: Least signal over noise of a graph against fp32. That lower precisions keep the answers is `dcformer retention`'s to
@@ -111,16 +110,11 @@ def _check_graph(bundle: Bundle, graph: Graph, feeds: Sequence[Mapping[str, NDAr
     backend = "onnxruntime" if graph.target in (ANY_TARGET, GPU_TARGET) else graph.target
     shown = f"{backend}, emulated" if emulated else backend
     try:
-        with tempfile.TemporaryDirectory(prefix="dcformer-") as folder:
-            if graph.weights is not None:
-                bundle.path(graph.weights)
-            path = bundle.path(graph.file)
-            if emulated:
-                path = Path(folder) / graph.file
-                onnx.save(emulate(load_graph(bundle, graph)), path)
-                feeds = [{name: array.astype(np.float32) if array.dtype == np.float16 else array
-                          for name, array in feed.items()} for feed in feeds]
-            found = _run(open_graph(path, _cpu(options, backend)), feeds, names)
+        if graph.weights is not None:
+            bundle.path(graph.weights)
+        opened = (EmulatedBackend(load_graph(bundle, graph), _cpu(options, backend)) if emulated else
+                  open_graph(bundle.path(graph.file), _cpu(options, backend)))
+        found = _run(opened, feeds, names)
     except DcformerError as error:
         return Row(graph.file, graph.role, graph.precision, shown, not_run=str(error))
     return _compare(graph.file, graph.role, graph.precision, shown, names, exact, found, LEAST_DB[graph.precision])
@@ -156,9 +150,8 @@ def _compare(file: str, role: str, precision: str, back_end: str, names: Sequenc
                float(np.abs(one - other).max() / np.abs(one).max()), codes)
 
 
-def random_inputs(bundle: Bundle, count: int, seed: int = 0
-                  ) -> tuple[list[NDArray[np.float32]], list[Mapping[str, NDArray[np.int64]]]]:
-    """Smooth volumes over the whole range of values, and token ids with padding of several lengths."""
+def random_volumes(bundle: Bundle, count: int, seed: int = 0) -> list[NDArray[np.float32]]:
+    """Smooth preprocessed volumes ``[D, H, W]`` over the whole range of values."""
     spec = bundle.manifest.preprocessing
     rng = np.random.default_rng(seed)
     low, high = spec.value_range
@@ -167,14 +160,29 @@ def random_inputs(bundle: Bundle, count: int, seed: int = 0
         coarse = rng.uniform(low, high, tuple(-(-side // 16) for side in spec.shape_dhw)).astype(np.float32)
         volume = coarse.repeat(16, 0).repeat(16, 1).repeat(16, 2)[tuple(slice(side) for side in spec.shape_dhw)]
         volumes.append(np.clip(volume + rng.normal(0, 0.05, spec.shape_dhw), low, high).astype(np.float32))
+    return volumes
+
+
+def random_tokens(bundle: Bundle, seed: int = 0) -> list[Mapping[str, NDArray[np.int64]]]:
+    """Token ids ``[4, length]`` with padding of several lengths."""
     text = bundle.manifest.text
     length = min(24, text.max_tokens) if text is not None else 24
-    ids = rng.integers(0, 400, (4, length))
+    ids = np.random.default_rng(seed).integers(0, _vocabulary(bundle), (4, length))
     mask = (np.arange(length) < np.linspace(2, length, 4).astype(int)[:, None]).astype(np.int64)
-    return volumes, [{"input_ids": ids, "attention_mask": mask}]
+    return [{"input_ids": ids, "attention_mask": mask}]
 
 
-def require_passed(rows: Sequence[Row], folder: Path) -> None:
+def _vocabulary(bundle: Bundle) -> int:
+    """Tokens that the text tower knows, 1 where there is none."""
+    graph = bundle.manifest.graph("text")
+    if graph is None:
+        return 1
+    proto = onnx.load(bundle.path(graph.file), load_external_data=False)
+    table = next(node.input[0] for node in proto.graph.node if node.op_type == "Gather" and "input_ids" in node.input)
+    return next(int(tensor.dims[0]) for tensor in proto.graph.initializer if tensor.name == table)
+
+
+def require_any_run(rows: Sequence[Row], folder: Path) -> None:
     """Raise unless something ran.
 
     Raises:

@@ -9,13 +9,18 @@ nothing; one that fuses nodes rounds less often.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ..export.graph_files import WeightsFile, describe_graph
+from ..runtime.backends import Options, open_graph
 from ..runtime.bundle import Bundle, copy_files, open_bundle, record_file, write_manifest
 from ..runtime.engines import GPU_TARGET
 from ..runtime.manifest import ANY_TARGET
@@ -67,6 +72,29 @@ def _compute_in_float32(node: onnx.NodeProto) -> None:
 def _round(source: str, result: str, kind: int) -> list[onnx.NodeProto]:
     return [helper.make_node("Cast", [source], [f"{result}/rounded"], to=kind),
             helper.make_node("Cast", [f"{result}/rounded"], [result], to=TensorProto.FLOAT)]
+
+
+class EmulatedBackend:
+    """A 16-bit graph in ONNX Runtime with every rounding; reads what the graph itself reads. See ``Backend``.
+
+    Raises like ``open_graph``.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, options: Options) -> None:
+        with tempfile.TemporaryDirectory(prefix="dcformer-") as folder:
+            path = Path(folder) / "emulated.onnx"
+            onnx.save(emulate(proto), path)
+            self._backend = open_graph(path, options)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Compute the named outputs. Raises ``InferenceError``."""
+        exact = {name: array.astype(np.float32) if array.dtype == np.float16 else array
+                 for name, array in feeds.items()}
+        return self._backend.run(exact, outputs)
+
+    def describe(self) -> str:
+        """As of ``Backend``."""
+        return f"{self._backend.describe()}, emulated"
 
 
 def emulated_bundle(bundle: Bundle, folder: Path) -> Bundle:

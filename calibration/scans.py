@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..benchmarks.evaluation.dataset import Tables, find_scans, has_labels, read_dataset
-from ..runtime.errors import InputError
-from ..runtime.manifest import Manifest
+from ..runtime.errors import BundleError, DcformerWarning, InputError
+from ..runtime.manifest import Manifest, Preprocessing
+from ..runtime.volume import ReadOptions, prepare_scan
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,36 @@ def choose_samples(folder: Path, count: int, split: str | None, options: Mapping
     chosen = dict.fromkeys(index * len(found) // count for index in range(count))
     order = [*chosen, *(index for index in range(len(found)) if index not in chosen)]
     return [Scan(path, {**_options(metadata), **options}) for path, metadata in (found[index] for index in order)]
+
+
+def read_volumes(scans: Sequence[Scan], count: int, spec: Preprocessing, threads: int,
+                 on_scan: Callable[[str], None]) -> list[NDArray[np.float32]]:
+    """The first ``count`` of the scans that can be read, preprocessed, ``[D, H, W]`` each; others warn.
+
+    Raises:
+        InputError: fewer than ``count`` can be read.
+    """
+    volumes = []
+    for scan in scans:
+        if len(volumes) == count:
+            break
+        on_scan(scan.path.name)
+        try:
+            volumes.append(prepare_scan(scan.path, spec, ReadOptions(**scan.options), threads))
+        except BundleError:
+            raise
+        except InputError as error:
+            warnings.warn(f"left out: {error}", DcformerWarning, stacklevel=2)
+    if len(volumes) < count:
+        raise InputError(too_few(len(volumes), len(scans), count))
+    return volumes
+
+
+def too_few(readable: int, found: int, count: int) -> str:
+    """What to say when scans cannot be read."""
+    if not readable:
+        return f"none of the {found} scans can be read"
+    return (f"only {readable} of the {found} scans can be read, but {count} were asked for; pass --samples {readable}")
 
 
 def choose_scans(folder: Path, manifest: Manifest, split: str | None, limit: int | None) -> list[Scan]:

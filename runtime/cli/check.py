@@ -34,24 +34,21 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
     without a GPU, is listed with the reason, and is no failure. Whether a precision keeps the answers is shown by
     `dcformer retention`.
     """
-    from ...calibration.check import check, random_inputs, require_passed
-    from ...calibration.scans import choose_samples
-    from ..volume import ReadOptions, prepare_scan
+    from ...calibration.check import check, random_tokens, random_volumes, require_any_run
+    from ...calibration.scans import choose_samples, read_volumes
 
+    if split is not None and data is None:
+        raise InputError("--split: only with --data")
     opened = open_bundle(bundle)
     options = Options(threads=threads)
     with progress() as display:
-        volumes, tokens = random_inputs(opened, samples)
-        if data is not None:
-            volumes = []
-            for scan in choose_samples(data, samples, split, {}):
-                display.stage(scan.path.name)
-                volumes.append(prepare_scan(scan.path, opened.manifest.preprocessing, ReadOptions(**scan.options),
-                                            options.thread_count))
-        if not volumes:
-            raise InputError(f"{data}: no scan could be used")
-        rows = check(opened, volumes, tokens, options, display.stage)
-    require_passed(rows, bundle)
+        if data is None:
+            volumes = random_volumes(opened, samples)
+        else:
+            volumes = read_volumes(choose_samples(data, samples, split, {}), samples, opened.manifest.preprocessing,
+                                   options.thread_count, display.stage)
+        rows = check(opened, volumes, random_tokens(opened), options, display.stage)
+    require_any_run(rows, bundle)
     if as_json:
         print_json([row.to_dict() for row in rows])
     else:
