@@ -13,6 +13,7 @@ are rounded as one layer, as their results are added: x holds the taps of all th
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +31,8 @@ from .layers import Layer, weighted_layers
 
 #: Places of one scan whose inputs enter H.
 PLACES = 1024
-#: Inputs of a layer beyond which H would take more than 128 MB; such layers are rounded to the nearest.
-MOST_INPUTS = 4096
+#: Numbers in a layer's H, beyond which it would take more than 128 MB; such layers are rounded to the nearest.
+LARGEST_H = 4096**2
 #: Share of the mean of H's diagonal that is added to it, as activations of one scan may span less than all directions.
 _DAMPING = 1e-4
 
@@ -66,8 +67,8 @@ class Correlations:
         groups = {}
         for (_, result, depthwise), layers in branches.items():
             inputs = sum(_matrix(layer).shape[1] for layer in layers)
-            if inputs <= MOST_INPUTS:
-                shape = (len(_matrix(layers[0])), inputs, inputs) if depthwise else (inputs, inputs)
+            shape = (len(_matrix(layers[0])), inputs, inputs) if depthwise else (inputs, inputs)
+            if math.prod(shape) <= LARGEST_H:
                 groups[f"{layers[0].x.name} to {result.name}"] = _Group(layers, np.zeros(shape))
         return Correlations(groups)
 
@@ -78,7 +79,8 @@ class Correlations:
                 continue
             x = _inputs(group.layers, values, rng).astype(np.float64)
             if group.layers[0].depthwise:
-                group.moments += np.einsum("ntc,nsc->cts", x, x)
+                taps = np.ascontiguousarray(x.transpose(2, 1, 0))
+                group.moments += taps @ taps.transpose(0, 2, 1)
             else:
                 rows = x.reshape(len(x), -1)
                 group.moments += rows.T @ rows

@@ -77,7 +77,8 @@ def read_record(path: Path, model: str) -> Record:
         histograms = {name: _histogram(entry) for name, entry in document["activations"].items()}
         record = Record(str(document["model"]), tuple(map(str, document["scans"])), str(document["data"]), histograms)
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a calibration cache, or damaged ({error}); calibrate with --data DIR") from error
+        raise InputError(f"{path}: not a calibration cache of this version, or damaged; calibrate with --data DIR"
+                         ) from error
     if record.model != model:
         raise InputError(f"{path}: made for another model ({record.model[:12]}…, this is {model[:12]}…); calibrate "
                          "with --data DIR")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BundleError, InputError
-from .files import sha256_file
+from .files import require_writable_file, require_writable_folder, sha256_file
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
 
 _LARGEST_MANIFEST_BYTES = 16 << 20
@@ -114,6 +114,16 @@ def require_unchanged(bundle: Bundle) -> None:
     path = bundle.folder / MANIFEST_NAME
     if not path.is_file() or Manifest.from_json(path.read_text(encoding="utf-8")).digest != bundle.manifest.digest:
         raise BundleError(f"{bundle.folder}: changed while this was running; nothing was written, run it again")
+
+
+def require_writable_bundle(bundle: Bundle) -> None:
+    """Call before long work whose result replaces a bundle.
+
+    Raises:
+        InputError: the folder, or the one that it lies in, may not be written.
+    """
+    require_writable_file(bundle.folder / MANIFEST_NAME)
+    require_writable_folder(bundle.folder)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

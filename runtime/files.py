@@ -43,6 +43,22 @@ def require_file(path: Path, what: str) -> None:
         raise InputError(f"{path}: no permission to read this {what}")
 
 
+def require_writable_file(path: Path) -> None:
+    """Raise InputError unless ``atomic_file`` could write there; to be called before long work."""
+    if path.is_dir():
+        raise InputError(f"{path}: expected a file name, found a folder")
+    with _temporary_folder(path):
+        pass
+
+
+def require_writable_folder(path: Path) -> None:
+    """Raise InputError unless a folder could be made there, or there is one whose files could be replaced."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: expected a folder name, found a file")
+    with _temporary_folder(path):
+        pass
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path on the same disk; it takes the final name only if the block succeeds.
@@ -106,7 +122,8 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
-        raise InputError(f"{path}: cannot write here ({error.strerror}); choose another --out") from error
+        raise InputError(f"{path}: cannot write here ({error.strerror}); choose another place, or make it "
+                         "writable") from error
     try:
         yield temporary
     finally:

@@ -296,7 +296,10 @@ class Model:
         precision = self._options.graph_precision
         graph = self.manifest.graph(role, precision, self._options.target)
         if graph is None and self.manifest.graph(role) is not None:
-            advice = "openvino computes fp32 graphs in it" if precision == "bf16" else "`dcformer calibrate` adds it"
+            advice = f"`dcformer calibrate {self._bundle.folder} --data DIR --precision {precision}` adds it"
+            if precision == "bf16":
+                advice = ("bf16 runs on GPUs, after `dcformer calibrate --precision bf16` and `dcformer build`, and in "
+                          "openvino, which computes fp32 graphs in it")
             raise BundleError(f"{self._bundle.folder}: no {role} tower in {precision} for {self._options.backend}; "
                               f"{advice}")
         if graph is None:

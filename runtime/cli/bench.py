@@ -12,7 +12,7 @@ from ..backends import Options
 from ..backends.base import MOST_THREADS
 from ..bundle import open_bundle
 from ..errors import InputError
-from ..files import require_file, sha256_file
+from ..files import require_file, require_writable_folder, sha256_file
 from .options import json_option
 from .output import print_json, print_table, progress
 
@@ -55,6 +55,8 @@ def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Pat
         for option, value in (("--checkpoint", checkpoint), ("--against", against), ("--scan", scan)):
             if value is not None:
                 raise InputError(f"{option} is for a BUNDLE; drop it")
+        if out is not None:
+            require_writable_folder(out)
         _bench_encoders(encoders, size, runs, thread_count, out, bundles, as_json)
         return
     for option, value in (("--size", size), ("--out", out), ("--bundles", bundles)):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from ..bundle import open_bundle
+from ..bundle import open_bundle, require_writable_bundle
 from ..engine_library import load_library
 from ..errors import InputError
 from ..files import cache_folder
 from ..gpu import gpu_or_none
 from ..manifest import PRECISIONS
-from .options import bundle_argument, json_option
+from .options import bundle_argument, json_option, parse_names
 from .output import print_json, print_table, progress
 
 _ENGINE_COLUMNS = ("engine", "MB", "runs on", "library", "largest batch", "build s")
@@ -55,16 +55,14 @@ def command(bundle: Path, precisions: str, engine_library: str, max_batch: int, 
     from ...export.engine.add_engines import add_engines
     from ...export.engine.build import HARDWARE, TILING, BuildOptions
 
-    names = [name.strip() for name in precisions.split(",")]
-    for index, name in enumerate(names):
-        if name not in PRECISIONS or name in names[:index]:
-            raise InputError(f"--precision {precisions!r}: expected some of {', '.join(PRECISIONS)}, each once")
+    names = parse_names("--precision", precisions, PRECISIONS)
     for option, value, known in (("--hardware", hardware, HARDWARE), ("--tiling", tiling, TILING)):
         if value is not None and value not in known:
             raise InputError(f"{option} {value!r}: expected one of {', '.join(known)}")
     if usual_batch > max_batch:
         raise InputError(f"--batch {usual_batch}: more than --max-batch {max_batch}")
     opened = open_bundle(bundle)
+    require_writable_bundle(opened)
     library = load_library(engine_library)
     options = BuildOptions(
         batch=(1, usual_batch, max_batch), workspace_bytes=workspace_mb and workspace_mb << 20,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,22 @@ import click
 
 from ..backends import Options
 from ..backends.base import MOST_THREADS
-from ..bundle import open_bundle
+from ..bundle import open_bundle, require_writable_bundle
 from ..errors import InputError
-from ..files import cache_folder
+from ..files import cache_folder, require_writable_file
 from .inspect import print_conversions
-from .options import bundle_argument, json_option, scan_options
+from .options import bundle_argument, json_option, parse_names, scan_options
 from .output import print_json, progress
+
+DEFAULT_SAMPLES = 64
 
 
 @click.command("calibrate")
 @bundle_argument
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR",
               help="Folder of scans like those that the bundle will see; without it, what was observed before is used.")
-@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Scans to observe, spread evenly over the folder.")
+@click.option("--samples", type=click.IntRange(min=1), metavar="N",
+              help=f"Scans to observe, spread evenly over the folder.  [default: {DEFAULT_SAMPLES}]")
 @click.option("--split", metavar="NAME", help="'valid' or 'train', where the folder holds both.")
 @click.option("--precision", "precisions", default="fp16,int8", show_default=True, metavar="NAME,NAME",
               help="Precisions to add to the bundle.")
@@ -37,7 +40,7 @@ from .output import print_json, progress
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @json_option
 @scan_options
-def command(bundle: Path, data: Path | None, samples: int, split: str | None, precisions: str, method: str,
+def command(bundle: Path, data: Path | None, samples: int | None, split: str | None, precisions: str, method: str,
             depthwise: str, cache: Path | None, threads: int | None, as_json: bool, **read_options: Any) -> None:
     """Add FP16 and INT8 graphs to BUNDLE, from what its activations look like on scans.
 
@@ -51,16 +54,19 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, pr
     from ...calibration.scales import require_method
     from ...calibration.scans import choose_samples
 
-    names = [name.strip() for name in precisions.split(",")]
-    for index, name in enumerate(names):
-        if name not in ADDED or name in names[:index]:
-            raise InputError(f"--precision {precisions!r}: expected some of {', '.join(ADDED)}, each once")
+    names = parse_names("--precision", precisions, ADDED)
     require_method(method)
     if depthwise not in DEPTHWISE:
         raise InputError(f"--depthwise {depthwise!r}: expected one of {', '.join(DEPTHWISE)}")
-    opened = open_bundle(bundle)
-    options = Options(threads=threads)
     given = {name: value for name, value in read_options.items() if value is not None}
+    if data is None:
+        _refuse_reading({"--samples": samples, "--split": split, **{f"--{name}": given[name] for name in given}})
+    opened = open_bundle(bundle)
+    require_writable_bundle(opened)
+    if cache is not None and data is not None:
+        require_writable_file(cache)
+    options = Options(threads=threads)
+    samples = DEFAULT_SAMPLES if samples is None else samples
     with progress(samples if data is not None else None) as display:
         if data is not None:
             chosen = choose_samples(data, samples, split, given)
@@ -81,3 +87,10 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, pr
         return
     print_conversions(manifest)
     click.echo(f"{bundle}: now also {' and '.join(names)}; `dcformer retention {bundle} --data DIR` shows what is kept")
+
+
+def _refuse_reading(options: Mapping[str, object]) -> None:
+    """Without scans, what says how to read them would be ignored."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name}: only with --data, which reads scans; drop it, or pass --data DIR")

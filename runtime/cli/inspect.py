@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ..bundle import open_bundle
-from ..manifest import Manifest, Rewrite
+from ..manifest import ANY_TARGET, Manifest, Rewrite
 from .options import bundle_argument, json_option
 from .output import print_json, print_table
 
@@ -86,7 +86,8 @@ def _facts(m: Manifest) -> list[tuple[str, str]]:
         ("intensity", f"{p.window_hu[0]:g} to {p.window_hu[1]:g} HU, (v + {p.offset_hu:g}) / {p.scale_hu:g}" if
          p.intensity == "window" else "the scan's minimum to maximum, as 0 to 1"),
         ("orientation", p.orientation),
-        ("graphs", ", ".join(f"{g.role} {g.precision} (opset {g.opset})" for g in m.graphs)),
+        ("graphs", ", ".join(f"{g.role} {g.precision}{'' if g.target == ANY_TARGET else f' for {g.target}'} "
+                             f"(opset {g.opset})" for g in m.graphs)),
         ("texts", f"at most {m.text.max_tokens} tokens" if m.text else "no tokenizer"),
         ("zero-shot classes", f"{len(m.zero_shot.classes)}, {m.zero_shot.score}" if m.zero_shot else "none"),
         ("detector classes", str(len(m.detector.classes)) if m.detector else "none"),

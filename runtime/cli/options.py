@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,19 @@ def model_options(function: _F) -> _F:
     )):
         function = option(function)
     return function
+
+
+def parse_names(option: str, text: str, known: Sequence[str], advice: str = "") -> list[str]:
+    """Names separated by commas.
+
+    Raises:
+        InputError: one that is not known, or a name twice; ``advice`` ends the message.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for index, name in enumerate(names):
+        if name not in known or name in names[:index]:
+            raise InputError(f"{option} {text!r}: expected some of {', '.join(known) or 'none'}, each once{advice}")
+    return names
 
 
 def read_classes(path: Path | None) -> list[str] | None:

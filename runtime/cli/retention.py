@@ -10,11 +10,13 @@ import click
 
 from ..backends import Options
 from ..backends.base import CPU_BACKENDS, MOST_THREADS
-from ..bundle import Bundle, open_bundle
+from ..bundle import open_bundle
+from ..engines import GPU_TARGET
 from ..errors import InputError, one_line
-from ..manifest import PRECISIONS
+from ..files import require_writable_folder
+from ..manifest import PRECISIONS, Manifest
 from ..model import Model
-from .options import bundle_argument, json_option
+from .options import bundle_argument, json_option, parse_names
 from .output import announce, print_json, print_table, progress
 
 
@@ -52,10 +54,12 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
     if emulate and backend != CPU_BACKENDS[0]:
         raise InputError(f"--emulate: runs in {CPU_BACKENDS[0]}; drop --backend {backend}")
     opened = open_bundle(bundle)
+    names = _names(bundle, opened.manifest, precisions, GPU_TARGET if emulate else backend)
+    if out is not None:
+        require_writable_folder(out)
     with contextlib.ExitStack() as stack:
         if emulate:
             opened = emulated_bundle(opened, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dcformer-"))))
-        names = _names(opened, precisions, backend)
         models = {name: Model(opened, Options(threads=threads, backend=backend, precision=name))
                   for name in (REFERENCE, *names)}
         announce(models[REFERENCE])
@@ -79,14 +83,20 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
     return 2 if found.failed else 0
 
 
-def _names(opened: Bundle, precisions: str | None, backend: str) -> list[str]:
-    there = [name for name in PRECISIONS[1:] if opened.manifest.graph("image", name, backend) is not None]
-    known = list(dict.fromkeys([*there, *["bf16"] * (backend == "openvino")]))
-    names = [name.strip() for name in precisions.split(",")] if precisions is not None else there
-    if not names:
-        raise InputError(f"{opened.folder}: holds fp32 only; `dcformer calibrate` adds precisions")
-    for index, name in enumerate(names):
-        if name not in known or name in names[:index]:
-            raise InputError(f"--precision {name!r}: expected some of {', '.join(known) or 'none'}, each once; "
-                             "`dcformer calibrate` adds fp16 and int8, --backend openvino has bf16")
-    return names
+def _names(bundle: Path, manifest: Manifest, precisions: str | None, target: str) -> list[str]:
+    """Precisions to compare.
+
+    Args:
+        target: what the graphs are made for.
+    """
+    there = [name for name in PRECISIONS[1:] if manifest.graph("image", name, target) is not None]
+    if precisions is None and not there:
+        raise InputError(f"{bundle}: nothing but fp32 for {target}; `dcformer calibrate {bundle} --data DIR` adds "
+                         "precisions")
+    if precisions is None:
+        return there
+    known = list(dict.fromkeys([*there, *["bf16"] * (target == "openvino")]))
+    advice = f"; `dcformer calibrate {bundle} --data DIR --precision NAME` adds one"
+    if target != GPU_TARGET and manifest.graph("image", "bf16", GPU_TARGET) is not None:
+        advice += "; the bundle's bf16 is for GPUs: --emulate"
+    return parse_names("--precision", precisions, known, advice)

@@ -8,8 +8,9 @@ import click
 
 from ..backends import Options
 from ..backends.base import MOST_THREADS
-from ..bundle import open_bundle
+from ..bundle import open_bundle, require_writable_bundle
 from ..errors import InputError
+from ..files import require_writable_folder
 from ..model import Model
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress
@@ -49,6 +50,10 @@ def command(bundle: Path, data: Path, split: str | None, samples: int, method: s
     if target_cosine is not None and target_auroc_drop is not None:
         raise InputError("--target-cosine and --target-auroc-drop: choose one")
     opened = open_bundle(bundle)
+    if write:
+        require_writable_bundle(opened)
+    if out is not None:
+        require_writable_folder(out)
     model = Model(opened, Options(threads=threads))
     graph, proto = image_graph(opened)
     record = bundle_record(opened, proto)

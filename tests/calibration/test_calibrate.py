@@ -1,7 +1,9 @@
 """dcformer calibrate: what it adds, what it remembers, interruptions, and what it refuses."""
 
+import errno
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -194,9 +196,30 @@ def test_refusals(copy: Path, scans: Path, tmp_path: Path, capsys, calibrated: P
     (tmp_path / "n.json").write_text(json.dumps(other))
     refuse(capsys, "holds NaN or infinite values on the calibration scans", "calibrate", copy, "--cache",
            tmp_path / "n.json", "--precision", "int8")
-    refuse(capsys, "no image tower in int8 for onnxruntime; `dcformer calibrate` adds it", "embed", copy,
-           scans / "a.nii.gz", "--out", tmp_path / "e.npz", "--precision", "int8")
+    refuse(capsys, f"no image tower in int8 for onnxruntime; `dcformer calibrate {copy} --data DIR --precision int8` "
+           "adds it", "embed", copy, scans / "a.nii.gz", "--out", tmp_path / "e.npz", "--precision", "int8")
+    refuse(capsys, "bf16 runs on GPUs, after `dcformer calibrate --precision bf16` and `dcformer build`, and in open",
+           "embed", copy, scans / "a.nii.gz", "--out", tmp_path / "e.npz", "--precision", "bf16")
+    for option, value in (("--samples", 2), ("--split", "valid"), ("--slope", 2)):
+        refuse(capsys, f"{option}: only with --data", "calibrate", copy, "--cache", tmp_path / "n.json", option, value)
     assert open_bundle(copy).manifest.conversions == ()
+
+
+def test_what_cannot_be_written_is_said_first(copy: Path, scans: Path, tmp_path: Path, capsys,
+                                              monkeypatch: pytest.MonkeyPatch):
+    """Before anything is observed: bundles on read-only disks, a cache that is a folder."""
+    monkeypatch.setattr(module, "observe", lambda *_: pytest.fail("too late"))
+    refuse(capsys, "found a folder", "calibrate", copy, "--data", scans, "--samples", 2, "--cache", tmp_path)
+    make = tempfile.mkdtemp
+
+    def read_only(*arguments: object, dir: Path, **options: object) -> str:
+        if copy in (dir, *dir.parents):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return make(*arguments, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    refuse(capsys, "cannot write here (Read-only file system)", "calibrate", copy, "--data", scans, "--samples", 2)
+    refuse(capsys, "cannot write here (Read-only file system)", "build", copy, "--precision", "fp32")
 
 
 def test_digest_of_a_model_is_that_of_its_weights(copy: Path):

@@ -9,7 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from fake_gpu import install, with_engines
+from tokenizers import Tokenizer
 
+from dcformer_deploy.calibration.check import random_tokens
 from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.gpu import gpu_or_none
@@ -37,6 +39,27 @@ def test_graphs_of_a_calibrated_bundle(calibrated: Path, scans: Path, capsys):
     assert 0.9 < rows["image.fp16.onnx"]["codes_equal"] <= 1
     assert main(["check", str(calibrated)]) == 0
     assert "image.int8.onnx" in capsys.readouterr().out
+
+
+def test_scans_that_can_be_read_and_no_more(calibrated: Path, scans: Path, tmp_path: Path, capsys):
+    folder = Path(shutil.copytree(scans, tmp_path / "scans"))
+    (folder / "a.nii.gz").write_bytes(b"no gzip")
+    assert main(["check", str(calibrated), "--data", str(folder), "--samples", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "on 2 volumes" in captured.out
+    assert "left out: " in captured.err
+    for arguments, message in ((["--data", folder, "--samples", 4], "only 3 of the 4 scans can be read"),
+                               (["--split", "valid"], "--split: only with --data")):
+        assert main(["check", str(calibrated), *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_token_ids_are_those_of_the_tokenizer(pristine_bundle: Path):
+    bundle = open_bundle(pristine_bundle)
+    size = Tokenizer.from_file(str(pristine_bundle / "tokenizer.json")).get_vocab_size()
+    (tokens,) = random_tokens(bundle)
+    assert 0.8 * size < tokens["input_ids"].max() < size
+    assert tokens["attention_mask"].sum(axis=1).tolist() == [2, 9, 16, 24]
 
 
 def test_a_graph_that_computes_something_else(calibrated: Path, tmp_path: Path, capsys):

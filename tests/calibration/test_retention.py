@@ -74,8 +74,11 @@ def test_without_labels_and_with_bfloat16(capsys, calibrated: Path, scans: Path)
 
 def test_refusals(capsys, pristine_bundle: Path, calibrated: Path, scans: Path):
     for arguments, message in (
-        ([pristine_bundle, "--data", scans], "holds fp32 only; `dcformer calibrate` adds precisions"),
-        ([calibrated, "--data", scans, "--precision", "bf16"], "--precision 'bf16': expected some of fp16, int8"),
+        ([pristine_bundle, "--data", scans], "nothing but fp32 for onnxruntime; `dcformer calibrate"),
+        ([pristine_bundle, "--data", scans, "--emulate"], f"error: {pristine_bundle}: nothing but fp32 for tensorrt"),
+        ([calibrated, "--data", scans, "--precision", "bf16"], "--precision 'bf16': expected some of fp16, int8, each "
+         f"once; `dcformer calibrate {calibrated} --data DIR --precision NAME` adds one; the bundle's bf16 is for GPU"),
+        ([calibrated, "--data", scans, "--out", scans / "a.nii.gz"], "expected a folder name, found a file"),
         ([calibrated, "--data", pristine_bundle], "no .nii or .nii.gz volume below it"),
     ):
         assert main(["retention", *map(str, arguments)]) == 2

@@ -87,6 +87,7 @@ def test_refusals(calibrated: Path, pristine_bundle: Path, scans: Path, capsys):
         ([calibrated, "--data", scans, "--samples", 9], "4 scans, but 9 were asked for; pass --samples 4"),
         ([calibrated, "--data", scans, "--samples", 2, "--target-auroc-drop", "0.1"], "no labels, or none that differ"),
         ([calibrated, "--data", scans, "--target-auroc-drop", "0.1", "--target-cosine", "0.9"], "choose one"),
+        ([calibrated, "--data", scans, "--out", scans / "a.nii.gz"], "expected a folder name, found a file"),
     ):
         assert main(["sensitivity", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err

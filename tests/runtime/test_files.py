@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from dcformer_deploy.runtime import InputError
-from dcformer_deploy.runtime.files import atomic_file, atomic_folder
+from dcformer_deploy.runtime.files import (
+    atomic_file,
+    atomic_folder,
+    require_writable_file,
+    require_writable_folder,
+)
 
 
 def folder_with(path: Path, **files: str) -> Path:
@@ -77,3 +82,13 @@ def test_place_that_cannot_be_written(tmp_path: Path):
         pytest.fail("must not get here")
     with pytest.raises(InputError, match="found a folder"), atomic_file(tmp_path):
         pytest.fail("must not get here")
+    for require in (require_writable_file, require_writable_folder):
+        with pytest.raises(InputError, match="cannot write here"):
+            require(tmp_path / "file" / "x")
+        require(tmp_path / "new" / "x")
+    require_writable_folder(tmp_path)
+    with pytest.raises(InputError, match="found a file"):
+        require_writable_folder(tmp_path / "file")
+    with pytest.raises(InputError, match="found a folder"):
+        require_writable_file(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
