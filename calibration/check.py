@@ -71,7 +71,7 @@ def check(bundle: Bundle, volumes: Sequence[NDArray[np.float32]], tokens: Sequen
         tokens: ``input_ids`` and ``attention_mask`` ``[n, length]``.
         options: threads, and the device for engines.
     """
-    rows = []
+    rows, records = [], engine_records(bundle)
     for role in OUTPUTS:
         reference = bundle.manifest.graph(role)
         if reference is None:
@@ -89,7 +89,7 @@ def check(bundle: Bundle, volumes: Sequence[NDArray[np.float32]], tokens: Sequen
                 on_file(graph.file)
                 rows.append(_check_graph(bundle, graph, feeds(graph), names, exact, options))
                 noise[graph.file] = rows[-1].sqnr_db or 0.0
-        for record in engine_records(bundle):
+        for record in records:
             if record.role == role:
                 on_file(record.engine)
                 graph = next(g for g in bundle.manifest.graphs if g.file == record.onnx)

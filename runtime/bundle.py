@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BundleError, InputError
+from .errors import BundleError, DcformerWarning, InputError
 from .files import require_writable_file, require_writable_folder, sha256_file
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
 
 _LARGEST_MANIFEST_BYTES = 16 << 20
+ENGINE_SUFFIX = ".engine"
+RECORD_SUFFIX = ".engine.json"
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,17 @@ def _identity(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def open_bundle(folder: str | Path, verify: bool = True) -> Bundle:
+def is_engine_file(name: str) -> bool:
+    """An engine or its record: a bundle is good without them, and they can be built again."""
+    return name.endswith((ENGINE_SUFFIX, RECORD_SUFFIX))
+
+
+def open_bundle(folder: str | Path, verify: bool = True, engines: bool = False) -> Bundle:
     """Open a bundle and check that nothing in it is missing, truncated or changed.
 
     Args:
         verify: compare the sha256 of every file; sizes are compared in any case.
+        engines: check engines, too; else each is when it is read, and a damaged one harms nothing but itself.
 
     Raises:
         InputError: no such folder.
@@ -67,25 +76,36 @@ def open_bundle(folder: str | Path, verify: bool = True) -> Bundle:
         raise BundleError(f"{manifest_path}: {error}") from error
     seen = {}
     for record in manifest.files:
+        if is_engine_file(record.path) and not engines:
+            continue
         path = folder / record.path
         before = _identity(path) if path.exists() else ()
-        _check_file(folder, record, verify)
+        check_file(folder, record, verify)
         seen[record.path] = before
     return Bundle(folder, manifest, seen)
 
 
-def _check_file(folder: Path, record: FileRecord, verify: bool) -> None:
+def check_file(folder: Path, record: FileRecord, verify: bool = True) -> None:
+    """Compare a file with what the manifest says of it.
+
+    Args:
+        verify: by its sha256, too.
+
+    Raises:
+        BundleError: missing, another size or content, or a link that leaves the bundle.
+    """
     path = folder / record.path
+    again = "build" if is_engine_file(record.path) else "export"
     if not path.is_file():
-        raise BundleError(f"{path}: missing; the bundle is incomplete. Copy it again or export it again")
+        raise BundleError(f"{path}: missing; the bundle is incomplete. Copy it again or {again} it again")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"{path}: a link that leaves the bundle; refused")
     if (size := path.stat().st_size) != record.bytes:
         raise BundleError(f"{path}: {size} bytes, the manifest says {record.bytes}; truncated or edited. "
-                          "Copy it again or export it again")
+                          f"Copy it again or {again} it again")
     if verify and (digest := sha256_file(path)) != record.sha256:
         raise BundleError(f"{path}: sha256 is {digest[:12]}…, the manifest says {record.sha256[:12]}…; damaged or "
-                          "edited. Copy it again or export it again")
+                          f"edited. Copy it again or {again} it again")
 
 
 def record_file(folder: Path, name: str) -> FileRecord:
@@ -95,14 +115,25 @@ def record_file(folder: Path, name: str) -> FileRecord:
 
 
 def copy_files(bundle: Bundle, folder: Path, without: Collection[str]) -> list[str]:
-    """Copy a bundle's files into a folder; returns the names.
+    """Copy a bundle's files into a folder; returns the names. A damaged engine is left out with a warning.
 
     Copies, not links: onnx refuses weights of several names, as links may lead where they should not.
     """
-    names = [record.path for record in bundle.manifest.files if record.path not in without]
-    for name in names:
-        shutil.copyfile(bundle.path(name), folder / name)
-    return names
+    records = {record.path: record for record in bundle.manifest.files if record.path not in without}
+    for name, record in list(records.items()):
+        if not is_engine_file(name):
+            continue
+        try:
+            check_file(bundle.folder, record)
+        except BundleError as error:
+            engine = name.removesuffix(".json")
+            if engine in records or f"{engine}.json" in records:
+                warnings.warn(f"{engine} is left out: {error}", DcformerWarning, stacklevel=2)
+            for part in (engine, f"{engine}.json"):
+                records.pop(part, None)
+    for name in records:
+        shutil.copyfile(bundle.folder / name if is_engine_file(name) else bundle.path(name), folder / name)
+    return list(records)
 
 
 def require_unchanged(bundle: Bundle) -> None:

@@ -10,20 +10,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dacite
 
-from .bundle import Bundle
-from .errors import BundleError, EngineRefused
+from .bundle import RECORD_SUFFIX, Bundle, check_file
+from .errors import BundleError, DcformerWarning, EngineRefused
 
 #: What a graph for GPUs is made for: both libraries read it.
 GPU_TARGET = "tensorrt"
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
-ENGINE_SUFFIX = ".engine"
-RECORD_SUFFIX = ".engine.json"
 SCHEMA_VERSION = 1
 #: Of ``EngineRecord.compute_capability``: any GPU from Ampere on. TensorRT-RTX builds for these by default, though
 #: NVIDIA's support matrix names 8.6, 8.9 and 12.0 only: whether one in between loads is the library's to say.
@@ -128,9 +127,16 @@ def read_record(path: Path) -> EngineRecord:
 
 
 def engine_records(bundle: Bundle) -> list[EngineRecord]:
-    """Records of a bundle's engines, in the order of its files. Raises like ``read_record``."""
-    names = [record.path for record in bundle.manifest.files if record.path.endswith(RECORD_SUFFIX)]
-    return [read_record(bundle.path(name)) for name in names]
+    """Records of a bundle's engines, in the order of its files; one that is missing or damaged warns."""
+    found = []
+    for file in bundle.manifest.files:
+        if file.path.endswith(RECORD_SUFFIX):
+            try:
+                check_file(bundle.folder, file)
+                found.append(read_record(bundle.folder / file.path))
+            except BundleError as error:
+                warnings.warn(f"an engine is left out: {error}", DcformerWarning, stacklevel=2)
+    return found
 
 
 def find_engine(bundle: Bundle, role: str, precision: str, library: str, gpu: Gpu | None) -> EngineRecord:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import onnx
 
-from ...runtime.bundle import Bundle, copy_files, record_file, require_unchanged, write_manifest
+from ...runtime.bundle import ENGINE_SUFFIX, Bundle, copy_files, record_file, require_unchanged, write_manifest
 from ...runtime.cli.output import Stages
 from ...runtime.engine_library import Library
 from ...runtime.engines import (
-    ENGINE_SUFFIX,
     GPU_TARGET,
     PORTABLE,
     SCHEMA_VERSION,

@@ -8,8 +8,7 @@ import click
 
 from ..backends import Options
 from ..backends.base import MOST_THREADS
-from ..bundle import open_bundle
-from ..engines import ENGINE_SUFFIX
+from ..bundle import ENGINE_SUFFIX, open_bundle
 from ..errors import DeviceUnavailable, InputError, one_line
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress

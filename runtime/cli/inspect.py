@@ -20,7 +20,7 @@ from .output import print_json, print_table
 @json_option
 def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     """Show what BUNDLE holds, and check that no file is missing, truncated or changed."""
-    manifest = open_bundle(bundle, verify=not no_verify).manifest
+    manifest = open_bundle(bundle, verify=not no_verify, engines=True).manifest
     if as_json:
         print_json(json.loads(manifest.to_json()))
         return

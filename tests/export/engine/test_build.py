@@ -15,7 +15,7 @@ from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.engine_library import load_library
 from dcformer_deploy.runtime.engines import engine_records
-from dcformer_deploy.runtime.errors import BuildFailed, InputError, MissingDependency
+from dcformer_deploy.runtime.errors import BuildFailed, DcformerWarning, InputError, MissingDependency
 from dcformer_deploy.runtime.files import sha256_file
 from dcformer_deploy.runtime.gpu import gpu_or_none
 from graphs import GraphBuilder
@@ -89,6 +89,31 @@ def test_engines_for_named_gpus_lie_beside(copy: Path, capsys):
     assert [record["compute_capability"] for record in records] == [["8.9", "12.0"]] * 2
     assert records[0]["engine"] == "image.fp16.tensorrt_rtx.sm89-120.engine"
     assert len(engine_records(open_bundle(copy))) == 10
+
+
+def test_damaged_engines_harm_only_themselves(copy: Path, scans: Path, capsys):
+    """An engine cut short, one that is gone, a record that was edited, one that is gone; and the way back."""
+    names = {name: copy / f"{name}.tensorrt_rtx.portable.engine" for name in (
+        "image.fp16", "text.fp16", "image.bf16", "text.bf16")}
+    names["image.fp16"].write_bytes(names["image.fp16"].read_bytes()[:-1])
+    names["text.fp16"].unlink()
+    edited, gone = (Path(f"{names[name]}.json") for name in ("image.bf16", "text.bf16"))
+    edited.write_text(edited.read_text().replace("8.0+", "9.9+"))
+    gone.unlink()
+    assert main(["zeroshot", str(copy), str(scans / "a.nii.gz")]) == 0
+    refuse(capsys, 2, "Copy it again or build it again", "inspect", copy)
+    with pytest.warns(DcformerWarning, match="an engine is left out: .*bf16.*json") as warned:
+        left = {record.engine for record in engine_records(open_bundle(copy))}
+    assert len(warned) == 2
+    assert len(left) == 6  # a record without its engine is still one: the engine is missed when it is read
+    assert main(["build", str(copy), "--precision", "fp16", "--max-batch", "4"]) == 0
+    error = capsys.readouterr().err
+    assert "text.bf16.tensorrt_rtx.portable.engine is left out" in error
+    assert "fp16" not in error
+    assert main(["inspect", str(copy)]) == 0
+    assert {record.engine for record in engine_records(open_bundle(copy))} == left
+    assert not edited.exists()
+    assert not names["text.bf16"].exists()
 
 
 def test_calibrating_again_removes_engines_of_what_it_replaces(copy: Path):
