@@ -85,9 +85,9 @@ def split_by_bytes(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
     return groups
 
 
-def open_part(proto: onnx.ModelProto, outputs: Sequence[str], threads: int) -> Any:
-    """An onnxruntime session for the part of a graph that computes some of its values."""
-    part = _part(proto, outputs)
+def open_part(proto: onnx.ModelProto, outputs: Sequence[str], threads: int, given: Sequence[str] = ()) -> Any:
+    """An onnxruntime session for the part of a graph that computes some of its values, from its inputs and others."""
+    part = _part(proto, outputs, given)
     library = import_onnxruntime()
     settings = library.SessionOptions()
     settings.intra_op_num_threads = threads
@@ -97,15 +97,16 @@ def open_part(proto: onnx.ModelProto, outputs: Sequence[str], threads: int) -> A
     return library.InferenceSession(part.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
-def _part(proto: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
+def _part(proto: onnx.ModelProto, outputs: Sequence[str], given: Sequence[str] = ()) -> onnx.ModelProto:
     wanted, nodes = set(outputs), []
     for node in reversed(proto.graph.node):
-        if wanted & set(node.output):
+        if wanted & set(node.output) - set(given):
             nodes.append(node)
             wanted |= set(node.input)
     kinds = {value.name: value for value in (*proto.graph.value_info, *proto.graph.output)}
     graph = onnx.helper.make_graph(
-        nodes[::-1], proto.graph.name, [value for value in proto.graph.input if value.name in wanted],
+        nodes[::-1], proto.graph.name,
+        [*(value for value in proto.graph.input if value.name in wanted), *(kinds[name] for name in given)],
         [kinds[name] for name in outputs],
         [tensor for tensor in proto.graph.initializer if tensor.name in wanted])
     return onnx.helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)

@@ -55,7 +55,7 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
         print_table(f"{bundle} against its fp32 in onnxruntime, on {len(volumes)} volumes", _COLUMNS, (
             (row.file, row.back_end, f"{row.sqnr_db:.1f}", f"{row.least_db:.1f}", f"{row.cosine:.6f}",
              f"{row.max_error:.1e}", "-" if row.codes_equal is None else f"{row.codes_equal:.2%}",
-             "ok" if row.passed else "FAILED") for row in ran))
+             "ok" if row.passed else f"FAILED: {', '.join(row.failures)}") for row in ran))
         for reason in dict.fromkeys(row.not_run for row in rows if row.not_run is not None):
             files = ", ".join(row.file for row in rows if row.not_run == reason)
             click.echo(f"not run: {files}: {one_line(reason)}")

@@ -17,10 +17,10 @@ from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.gpu import gpu_or_none
 
 
-def _negated(path: Path) -> None:
+def _negated(path: Path, name: str = "s1.0.mlp.mlp.3.weight") -> None:
     """Turn the sign of one layer of an ONNX file, as a broken kernel might."""
     proto = onnx.load(path)
-    tensor = next(t for t in proto.graph.initializer if "s1.0.mlp.mlp.3.weight" in t.name and "scale" not in t.name)
+    tensor = next(t for t in proto.graph.initializer if name in t.name and "scale" not in t.name)
     tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
     onnx.save(proto, path)
 
@@ -62,17 +62,23 @@ def test_token_ids_are_those_of_the_tokenizer(pristine_bundle: Path):
     assert tokens["attention_mask"].sum(axis=1).tolist() == [2, 9, 16, 24]
 
 
-def test_a_graph_that_computes_something_else(calibrated: Path, tmp_path: Path, capsys):
+@pytest.mark.parametrize(("layer", "failures"), [
+    ("s1.0.mlp.mlp.3.weight", {"features"}), ("to_visual_latent.weight", {"embeddings of codes"}),
+    ("vq._codebook.embed", {"codes", "embeddings of codes"})])
+def test_a_graph_that_computes_something_else(calibrated: Path, tmp_path: Path, capsys, layer: str,
+                                              failures: set[str]):
     bundle = Path(shutil.copytree(calibrated, tmp_path / "bundle"))
-    _negated(bundle / "image.fp16.onnx")
+    _negated(bundle / "image.fp16.onnx", layer)
     manifest = open_bundle(calibrated).manifest
     files = tuple(record_file(bundle, record.path) for record in manifest.files)
     write_manifest(bundle, dataclasses.replace(manifest, files=files))
     assert main(["check", str(bundle), "--json"]) == 1
     captured = capsys.readouterr()
     assert captured.err.strip() == "check failed: image.fp16.onnx"
-    failed = [row["file"] for row in json.loads(captured.out) if row["passed"] is False]
-    assert failed == ["image.fp16.onnx"]
+    (failed,) = (row for row in json.loads(captured.out) if row["passed"] is False)
+    assert failed["file"] == "image.fp16.onnx"
+    assert failures <= set(failed["failures"])
+    assert "features" in failures or "features" not in failed["failures"]
 
 
 def test_engines(calibrated: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
@@ -115,9 +121,9 @@ def test_nothing_to_compare(pristine_bundle: Path, tmp_path: Path, capsys):
 def test_nan_fails(calibrated: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     from dcformer_deploy.calibration import check
 
-    real = check._run
-    monkeypatch.setattr(check, "_run", lambda backend, feeds, names: [
-        [array * np.nan if array.dtype == np.float32 and len(found) == 1 and "text" in str(names) else array
-         for array in found] for found in real(backend, feeds, names)])
+    real = check._Reference.run
+    monkeypatch.setattr(check._Reference, "run", lambda self, backend, feeds: [
+        {name: array * np.nan if self.role == "text" else array for name, array in found.items()}
+        for found in real(self, backend, feeds)])
     assert main(["check", str(calibrated)]) == 1
     assert "check failed: text." in capsys.readouterr().err
