@@ -77,10 +77,10 @@ def test_bfloat16_image_tower(pristine_bundle: Path):
     model = openvino.Core().read_model(found.proto.SerializeToString())
     compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     there = compiled({name: array.astype(np.float16) for name, array in feeds.items()})["feature_map"]
-    assert 1e-3 < difference(emulated, exact) < 3e-2
+    assert 4e-3 < difference(emulated, exact) < 1.2e-2
     # Weights are the same, roundings of activations are not: OpenVINO leaves them out, too.
-    assert difference(there, exact) < 3e-2
-    assert difference(there, emulated) < 2e-2
+    assert difference(there, exact) < 1.2e-2
+    assert difference(there, emulated) < 1.2e-2
 
 
 def _features(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -113,8 +113,8 @@ def test_bundle_of_graphs_for_gpus(calibrated: Path, ct: Path, tmp_path: Path):
     texts = ["There is emphysema.", "no"]
     reference = exact.embed_text(texts)
     errors = {name: difference(model.embed_text(texts), reference) for name, model in models.items()}
-    assert errors["fp32"] < 1e-5 < errors["fp16"] < 5e-3
-    assert errors["fp16"] < errors["bf16"] < 5e-2
+    assert errors["fp32"] < 1e-5 < errors["fp16"] < 1.2e-3
+    assert errors["fp16"] < errors["bf16"] < 1e-2
     volumes = exact.preprocess(ct)[None]
     features = {name: model.image_outputs(volumes, ["feature_map"])["feature_map"] for name, model in models.items()}
     noise = {name: float(((found - features["fp32"]) ** 2).sum()) for name, found in features.items()}
