@@ -17,7 +17,8 @@ from ..runtime.cli.output import Stages
 from ..runtime.engines import GPU_TARGET, engine_records
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import atomic_folder
-from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Conversion, Graph, Manifest
+from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Graph, Manifest
+from ..runtime.provenance import Conversion
 from ..runtime.volume import image_feeds
 from .calibrate import image_graph, load_graph
 from .compensate import Correlations, bfloat16_rounding, half_rounding, replace_weights

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..runtime.backends import Options, open_graph
 from ..runtime.errors import CheckFailed
-from ..runtime.manifest import Agreement
+from ..runtime.provenance import Agreement
 from ..runtime.volume import image_feeds
 from .clip import Clip, Detector, ImageOutputs
 from .graph_files import describe_graph

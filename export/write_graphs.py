@@ -10,7 +10,8 @@ import onnx
 import onnx_ir as ir
 
 from ..runtime.backends import Options
-from ..runtime.manifest import Graph, Rewrite
+from ..runtime.manifest import Graph
+from ..runtime.provenance import Rewrite
 from .graph_files import WeightsFile, describe_graph
 from .rules.measured import Stopwatch
 from .rules.pipeline import MEASURED, RULE_NAMES, optimize

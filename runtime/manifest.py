@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import dacite
 
 from .errors import BundleError
+from .provenance import ANY_TARGET, Agreement, Conversion, Rewrite
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -23,8 +24,6 @@ ROLES = ("image", "text")
 #: Inputs of an image tower that reads only the lines its first layer looks at, and the axis along which each is whole.
 LINE_INPUTS = {"lines_d": 0, "lines_h": 1, "lines_w": 2}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-#: A graph that is good anywhere; other targets are names of back ends.
-ANY_TARGET = "any"
 Reduction = Literal["channel", "depth", "none"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 #: Kinds of zero-shot score, and the number of prompts per class that each compares with.
@@ -127,62 +126,6 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class GraphCost:
-    """What a graph costs for a batch of one: nodes, multiply-accumulates, bytes that its nodes read and write."""
-
-    nodes: int
-    multiply_adds: int
-    bytes_moved: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median latencies of the image tower, batch 1, without and with a rewrite, and where they were measured."""
-
-    before_ms: float
-    after_ms: float
-    where: str
-
-    @property
-    def is_faster(self) -> bool:
-        """Whether the rewrite pays."""
-        return self.after_ms < self.before_ms
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """What one exact rewrite rule did to the image tower when the bundle was made.
-
-    ``matched``: places that it changed. ``refused``: places that its pattern fits and it left alone, with the reason.
-    ``measured``: for a rule that is kept only where it is faster, what was found. ``target``: of the graph.
-    """
-
-    rule: str
-    matched: int
-    refused: tuple[str, ...]
-    before: GraphCost
-    after: GraphCost
-    measured: Timing | None = None
-    target: str = ANY_TARGET
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """How the graphs of a lower precision were made.
-
-    ``method``: of INT8's thresholds. ``scans``, ``data``: number of calibration scans and digest of their contents.
-    ``layers``: of the image tower, in INT8. ``notes``: what stayed in a higher precision, and why.
-    """
-
-    precision: str
-    method: str | None
-    scans: int
-    data: str
-    layers: int
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Text:
     """The text tower's tokenizer: ``file`` is a Hugging Face ``tokenizer.json``; longer texts are truncated."""
 
@@ -264,24 +207,6 @@ class Source:
         if self.file is None or self.sha256 is None:
             return f"random weights, seed {self.random_seed}"
         return f"{self.file}, sha256 {self.sha256[:16]}" + ("" if self.trained else ", UNTRAINED")
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far one graph was from PyTorch (fp32, CPU) on one input when the bundle was made.
-
-    ``max_relative_error``: largest absolute difference divided by the largest absolute value of PyTorch's output.
-    ``cosine``: the smallest cosine similarity of a sample. ``codes_equal``: share of VQ codes that agree, where the
-    output depends on them; an image embedding is compared given the graph's own codes.
-    """
-
-    graph: str
-    output: str
-    input: str
-    max_relative_error: float
-    cosine: float
-    tolerance: float
-    codes_equal: float | None = None
 
 
 @dataclass(frozen=True)

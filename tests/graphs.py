@@ -8,7 +8,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from dcformer_deploy.export.rules.pipeline import RULE_NAMES, optimize
-from dcformer_deploy.runtime.manifest import Rewrite
+from dcformer_deploy.runtime.provenance import Rewrite
 
 #: Largest relative difference of a rewritten graph in fp32; 1e-6 is seen.
 EXACT = 1e-5

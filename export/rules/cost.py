@@ -6,7 +6,7 @@ import math
 
 import onnx
 
-from ...runtime.manifest import GraphCost
+from ...runtime.provenance import GraphCost
 
 #: Nodes that move no data: they only rename it.
 _FREE = {"Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Constant"}

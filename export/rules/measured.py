@@ -24,7 +24,7 @@ from ...runtime.backends import Backend, Options, open_graph
 from ...runtime.errors import DcformerWarning
 from ...runtime.files import atomic_file, cache_folder
 from ...runtime.machine import processor
-from ...runtime.manifest import Timing
+from ...runtime.provenance import Timing
 
 #: Measured inferences of each graph, after one that warms up.
 RUNS = 5

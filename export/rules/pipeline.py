@@ -11,7 +11,7 @@ from onnx_ir.passes import common as passes
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 
 from ...runtime.errors import InputError, suggestion
-from ...runtime.manifest import Rewrite
+from ...runtime.provenance import Rewrite
 from . import (
     compose_stem,
     flatten_convolutions,

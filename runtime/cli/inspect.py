@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from ..bundle import open_bundle
-from ..manifest import ANY_TARGET, Manifest, Rewrite
+from ..manifest import ANY_TARGET, Manifest
+from ..provenance import Rewrite
 from .options import bundle_argument, json_option
 from .output import print_json, print_table
 

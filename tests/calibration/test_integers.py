@@ -8,7 +8,7 @@ import pytest
 from dcformer_deploy.calibration.integers import Weights, worthwhile_depthwise
 from dcformer_deploy.calibration.layers import group_name, quantizable_layers
 from dcformer_deploy.calibration.quantize import weight_scales
-from dcformer_deploy.runtime.manifest import Timing
+from dcformer_deploy.runtime.provenance import Timing
 from graphs import GraphBuilder, run, volume
 
 

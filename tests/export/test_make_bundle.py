@@ -14,7 +14,8 @@ from dcformer_deploy.export import make_bundle, write_graphs
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
 from dcformer_deploy.runtime import BundleError, CheckFailed, InputError, load
 from dcformer_deploy.runtime import model as model_module
-from dcformer_deploy.runtime.manifest import Preprocessing, Timing
+from dcformer_deploy.runtime.manifest import Preprocessing
+from dcformer_deploy.runtime.provenance import Timing
 from golden import CASES, NANO, REPOSITORY, Case, inputs, relative_error
 
 

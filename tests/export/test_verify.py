@@ -19,7 +19,7 @@ from dcformer_deploy.export.verify import (
     require_agreement,
 )
 from dcformer_deploy.runtime import CheckFailed
-from dcformer_deploy.runtime.manifest import Agreement
+from dcformer_deploy.runtime.provenance import Agreement
 
 
 def agreement(error: float) -> Agreement:

@@ -11,7 +11,7 @@ from dcformer_deploy.runtime.backends import Options, choose
 from dcformer_deploy.runtime.backends.choose import choose_backend
 from dcformer_deploy.runtime.bundle import Bundle, open_bundle
 from dcformer_deploy.runtime.cli.app import main
-from dcformer_deploy.runtime.manifest import GraphCost, Rewrite, Timing
+from dcformer_deploy.runtime.provenance import GraphCost, Rewrite, Timing
 
 
 def _measured(bundle: Bundle, **ms: float) -> Bundle:

@@ -12,7 +12,7 @@ from dcformer_deploy.export.rules.measured import RUNS, Stopwatch
 from dcformer_deploy.export.rules.pipeline import MEASURED, RULE_NAMES, optimize
 from dcformer_deploy.runtime.backends import Options
 from dcformer_deploy.runtime.errors import DcformerWarning
-from dcformer_deploy.runtime.manifest import Timing
+from dcformer_deploy.runtime.provenance import Timing
 from graphs import GraphBuilder, operators
 
 
