@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         MissingDependency,
     )
     from .manifest import Manifest
-    from .model import Classification, Model, Scores, ZeroShot, load
+    from .model import Classification, Model, Prepared, Scores, ZeroShot, load
 
 __all__ = [
     "BundleError",
@@ -32,6 +32,7 @@ __all__ = [
     "Manifest",
     "MissingDependency",
     "Model",
+    "Prepared",
     "Scores",
     "ZeroShot",
     "load",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .ahead import ahead
 from .backends import Backend, Options, open_graph
 from .backends.base import AUTO, EngineBackend
 from .backends.choose import choose_backend
@@ -26,8 +27,17 @@ from .scoring import probabilities
 from .text import Tokenizer
 from .volume import ReadOptions, image_feeds, prepare_scan, read_scan, scan_feeds
 
-#: A file to read, or a preprocessed volume ``[D, H, W]`` float32.
-Scan = str | Path | NDArray[np.float32]
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an image tower reads of a scan, by input: numpy arrays, or arrays on the GPU."""
+
+    volume: str
+    feeds: dict[str, Any]
+
+
+#: A file to read, a preprocessed volume ``[D, H, W]`` float32, or what ``Model.prepare`` made.
+Scan = str | Path | NDArray[np.float32] | Prepared
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,10 @@ class Model:
         options = ReadOptions(spacing, slope, intercept, orientation, metadata)
         return prepare_scan(path, self.manifest.preprocessing, options, self._options.thread_count)
 
+    def prepare(self, scan: Scan, **read_options: Any) -> Prepared:
+        """All that is done with a scan before its inference. Raises ``InputError`` as ``embed_image``."""
+        return Prepared(_name(scan), self._feeds(scan, read_options, {}))
+
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
         """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array.
 
@@ -133,10 +147,11 @@ class Model:
         return self._embed(self._feeds(scan, read_options, {}))
 
     def embed_images(self, scans: Iterable[Scan], **read_options: Any) -> NDArray[np.float32]:
-        """Image embeddings ``[n, 512]``, one scan at a time in memory. Raises like ``embed_image``."""
+        """Image embeddings ``[n, 512]``, the next scan read while one is computed. Raises like ``embed_image``."""
         if isinstance(scans, str | Path):
             raise InputError("scans: one path; expected a list of scans, or use embed_image")
-        embeddings = [self.embed_image(scan, **read_options) for scan in scans]
+        embeddings = [self._embed(prepared().feeds)
+                      for _, prepared in ahead(scans, lambda scan: self.prepare(scan, **read_options))]
         if not embeddings:
             raise InputError("scans: an empty list; expected at least one scan")
         return np.stack(embeddings)
@@ -271,9 +286,11 @@ class Model:
     def _feeds(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float]) -> dict[str, Any]:
         """What the image tower reads of one scan, by input name: numpy arrays, or arrays on the device."""
         inputs = self._info("image").inputs
+        if isinstance(scan, np.ndarray | Prepared) and read_options:
+            raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
+        if isinstance(scan, Prepared):
+            return scan.feeds
         if isinstance(scan, np.ndarray):
-            if read_options:
-                raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
             self._require_preprocessed(scan[None])
             return image_feeds(inputs, scan[None])
         if not isinstance(scan, str | Path):
@@ -366,6 +383,8 @@ def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def _name(scan: Scan) -> str:
+    if isinstance(scan, Prepared):
+        return scan.volume
     return "array" if isinstance(scan, np.ndarray) else str(scan)
 
 

@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from ..model import load
-from .options import bundle_argument, json_option, keep_going_option, model_options, scan_options, scans_argument
+from .options import (
+    bundle_argument,
+    json_option,
+    keep_going_option,
+    model_options,
+    preprocess_option,
+    scan_options,
+    scans_argument,
+)
 from .scoring import score_scans
 
 
@@ -19,10 +27,11 @@ from .scoring import score_scans
 @keep_going_option
 @scan_options
 @model_options
+@preprocess_option
 def command(
     bundle: Path, scans: tuple[Path, ...], as_json: bool, keep_going: bool, device: str, threads: int | None,
-    backend: str, precision: str, no_verify: bool, **read_options: Any,
+    backend: str, precision: str, preprocess: str, no_verify: bool, **read_options: Any,
 ) -> int:
     """Score each SCAN with the fine-tuned detector that BUNDLE was made from."""
-    model = load(bundle, device, threads, not no_verify, backend, precision)
+    model = load(bundle, device, threads, not no_verify, backend, precision, preprocess)
     return score_scans(model, scans, lambda scan: model.classify(scan, **read_options), as_json, keep_going)

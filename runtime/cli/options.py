@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..backends.base import AUTO, BACKENDS, DEVICES, MOST_THREADS
+from ..backends.base import AUTO, BACKENDS, DEVICES, MOST_THREADS, PREPROCESS
 from ..errors import InputError
 from ..files import require_file
 from ..manifest import PRECISIONS
@@ -18,6 +18,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 scans_argument = click.argument("scans", metavar="SCAN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print only JSON on standard output.")
+preprocess_option = click.option("--preprocess", type=click.Choice(PREPROCESS), default=PREPROCESS[0],
+                                 show_default=True,
+                                 help="Where scans become inputs; gpu: with the back ends that run engines.")
 keep_going_option = click.option("--keep-going", is_flag=True,
                                  help="Go on after a scan that cannot be read; the exit code is 2 all the same.")
 

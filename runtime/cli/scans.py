@@ -8,14 +8,20 @@ from typing import TypeVar
 
 import click
 
+from ..ahead import ahead
 from ..errors import BundleError, InputError, one_line
 from .output import progress
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
-def for_each_scan(scans: Sequence[Path], keep_going: bool, action: Callable[[Path], _T]) -> list[_T | InputError]:
+def for_each_scan(scans: Sequence[Path], keep_going: bool, action: Callable[[_S], _T],
+                  prepare: Callable[[Path], _S]) -> list[_T | InputError]:
     """The action's result per scan; with ``keep_going``, the error of those that cannot be used, printed at once.
+
+    Args:
+        prepare: what the action is given of a scan; made for the next one while the action is at work.
 
     Raises:
         InputError: a scan cannot be used and ``keep_going`` is false.
@@ -23,10 +29,10 @@ def for_each_scan(scans: Sequence[Path], keep_going: bool, action: Callable[[Pat
     """
     results: list[_T | InputError] = []
     with progress(len(scans)) as display:
-        for scan in scans:
+        for scan, prepared in ahead(scans, prepare):
             display.stage(scan.name)
             try:
-                results.append(action(scan))
+                results.append(action(prepared()))
             except InputError as error:
                 if not keep_going or isinstance(error, BundleError):
                     raise

@@ -26,7 +26,7 @@ def score_scans(
         InputError: a scan cannot be used and ``keep_going`` is false; nothing is printed on standard output then.
     """
     announce(model)
-    results = for_each_scan(scans, keep_going, score)
+    results = for_each_scan(scans, keep_going, score, prepare=lambda scan: scan)
     if as_json:
         print_json([_row(scan, result) for scan, result in zip(scans, results, strict=True)])
     scored = [result for result in results if isinstance(result, Scores)]

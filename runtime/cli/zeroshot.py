@@ -13,6 +13,7 @@ from .options import (
     json_option,
     keep_going_option,
     model_options,
+    preprocess_option,
     read_classes,
     scan_options,
     scans_argument,
@@ -29,11 +30,12 @@ from .scoring import score_scans
 @keep_going_option
 @scan_options
 @model_options
+@preprocess_option
 def command(
     bundle: Path, scans: tuple[Path, ...], classes: Path | None, as_json: bool, keep_going: bool, device: str,
-    threads: int | None, backend: str, precision: str, no_verify: bool, **read_options: Any,
+    threads: int | None, backend: str, precision: str, preprocess: str, no_verify: bool, **read_options: Any,
 ) -> int:
     """Score each SCAN (.nii or .nii.gz) for every class: "X is present." against "X is not present."."""
     names = read_classes(classes)
-    model = load(bundle, device, threads, not no_verify, backend, precision)
+    model = load(bundle, device, threads, not no_verify, backend, precision, preprocess)
     return score_scans(model, scans, lambda scan: model.zero_shot(scan, names, **read_options), as_json, keep_going)

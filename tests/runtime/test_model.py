@@ -31,6 +31,15 @@ def test_list_of_scans_equals_single_scans(model: Model, ct: Path):
     np.testing.assert_array_equal(model.embed_images(scans), np.stack([model.embed_image(scan) for scan in scans]))
 
 
+def test_prepared_scans(model: Model, ct: Path):
+    prepared = model.prepare(ct)
+    assert prepared.volume == str(ct)
+    np.testing.assert_array_equal(model.embed_image(prepared), model.embed_image(ct))
+    assert model.zero_shot(prepared).scores == model.zero_shot(ct).scores
+    with pytest.raises(InputError, match="slope: only for files"):
+        model.embed_image(prepared, slope=2)
+
+
 def test_batch_equals_single_volumes(model: Model):
     image, *_ = inputs()
     batch = model.image_outputs(image[:, 0])["image_embedding"]
