@@ -28,6 +28,7 @@ from ..gpu import current_gpu
 from ..manifest import Preprocessing, TensorInfo
 from ..volume.types import Volume
 from .base import Options
+from .borrow import Borrowed, borrow
 from .device import Device, Memory, Stream, plan_buffers
 from .sampler import DeviceArray, Sampler
 
@@ -68,8 +69,8 @@ class TensorRtBackend:
         """Compute the named outputs.
 
         Args:
-            feeds: numpy arrays, or arrays on the device with ``__cuda_array_interface__`` (torch, CuPy, PyCUDA), which
-                are read where they are.
+            feeds: numpy arrays, or arrays on the device with ``__cuda_array_interface__`` (torch, CuPy, PyCUDA) or
+                DLPack (JAX), which are read where they are.
 
         Raises:
             InputError: shapes beyond the engine's profile, or another dtype.
@@ -156,23 +157,23 @@ class _Shapes:
         self.dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in record.tensors}
         self._declared = {tensor.name: tensor.shape for tensor in record.tensors}
 
-    def check(self, name: str, array: Any) -> Any:
-        """The input itself, contiguous on the host, if the engine takes it."""
+    def check(self, name: str, array: Any) -> NDArray[Any] | Borrowed:
+        """The input, contiguous on the host or as it lies on the device, if the engine takes it."""
         profile = self._profile[name]
-        on_device = hasattr(array, "__cuda_array_interface__")
-        if not on_device:
-            array = np.ascontiguousarray(array)
-        shape, dtype = tuple(array.shape), _dtype_of(array)
-        if dtype != self.dtypes[name]:
+        found = borrow(array)
+        if found is None:
+            found = np.ascontiguousarray(array)
+        shape, dtype = tuple(found.shape), str(found.dtype)
+        if dtype != self.dtypes[name].name:
             raise InputError(f"{name}: {dtype}; the engine takes {self.dtypes[name]}")
         if len(shape) != len(profile.largest) or not all(
                 low <= side <= high for low, side, high in zip(profile.smallest, shape, profile.largest, strict=True)):
             raise InputError(f"{name}: {list(shape)}; the engine {self._record.engine} was built for "
                              f"{list(profile.smallest)} to {list(profile.largest)}; split the batch, or build with a "
                              "larger --max-batch")
-        if on_device and array.__cuda_array_interface__.get("strides") is not None and not _is_packed(array):
+        if isinstance(found, Borrowed) and not found.packed:
             raise InputError(f"{name}: an array on the device with gaps; make it contiguous first")
-        return array
+        return found
 
     def largest_bytes(self) -> dict[str, int]:
         """By tensor, at the largest profile."""
@@ -199,13 +200,13 @@ class _Slot:
         self._graphs: dict[tuple[Any, ...], Any] = {}
         self._seen: set[tuple[Any, ...]] = set()
 
-    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
+    def run(self, inputs: Mapping[str, NDArray[Any] | Borrowed], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Upload, compute, download, wait."""
         addresses, uploads, own = {}, [], True
         for name, array in inputs.items():
-            if hasattr(array, "__cuda_array_interface__"):
+            if isinstance(array, Borrowed):
                 own = False
-                addresses[name] = int(array.__cuda_array_interface__["data"][0])
+                addresses[name] = array.address
             else:
                 self._memory.view(name, array.shape, array.dtype)[...] = array
                 addresses[name] = self._memory.address(name)
@@ -261,18 +262,3 @@ def _deserialize(library: Library, bundle: Bundle, record: EngineRecord) -> tupl
                             f"{log.last()}; run on this machine: "
                             f"{build_command(bundle.folder, record.precision, record.library)}")
     return engine, log
-
-
-def _dtype_of(array: Any) -> np.dtype[Any]:
-    if hasattr(array, "__cuda_array_interface__"):
-        return np.dtype(array.__cuda_array_interface__["typestr"])
-    return array.dtype
-
-
-def _is_packed(array: Any) -> bool:
-    """Whether strides are those of a C-contiguous array."""
-    expected, step = [], _dtype_of(array).itemsize
-    for side in reversed(tuple(array.shape)):
-        expected.append(step)
-        step *= side
-    return tuple(reversed(expected)) == tuple(array.__cuda_array_interface__["strides"])
