@@ -16,8 +16,10 @@ from ..volume.types import Volume
 
 DEVICES = ("cpu", "cuda")
 CPU_BACKENDS = ("onnxruntime", "openvino")
-#: The last two run engines that `dcformer build` makes.
-BACKENDS = (*CPU_BACKENDS, *LIBRARIES)
+#: TensorRT and TensorRT-RTX inside ONNX Runtime, which build engines of their own when a graph is opened.
+PROVIDER_BACKENDS = ("onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
+#: `LIBRARIES` run engines that `dcformer build` makes.
+BACKENDS = (*CPU_BACKENDS, *LIBRARIES, *PROVIDER_BACKENDS)
 #: Stands for the best that works.
 AUTO = "auto"
 PREPROCESS = ("cpu", "gpu")
@@ -62,7 +64,7 @@ class Options:
     @property
     def target(self) -> str:
         """What graphs for the back end are made for."""
-        return GPU_TARGET if self.backend in LIBRARIES else self.backend
+        return self.backend if self.device == "cpu" and self.backend in CPU_BACKENDS else GPU_TARGET
 
     @property
     def thread_count(self) -> int:

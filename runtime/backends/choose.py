@@ -13,13 +13,14 @@ from ..errors import DcformerError, InputError
 from ..gpu import current_gpu
 from ..manifest import Manifest
 from .base import CPU_BACKENDS, Options
+from .onnxruntime import import_onnxruntime
 
 
 def choose_backend(bundle: Bundle, options: Options) -> tuple[Options, str]:
     """Options with a back end in the place of "auto", and what was found.
 
-    In this order: an engine for this GPU, by TensorRT before TensorRT-RTX; on the CPU, for fp32 the faster of the two
-    back ends where the export has measured both, for bf16 and int8 OpenVINO; ONNX Runtime.
+    In this order: an engine for this GPU, by TensorRT before TensorRT-RTX; ONNX Runtime on the GPU; on the CPU, for
+    fp32 the faster of the two back ends where the export has measured both, for bf16 and int8 OpenVINO; ONNX Runtime.
 
     Raises:
         InputError: device "cuda", and no engine that works here.
@@ -47,6 +48,9 @@ def _candidates(bundle: Bundle, options: Options) -> Iterator[tuple[Options | No
                 continue
             yield (dataclasses.replace(options, backend=library, device="cuda"),
                    f"{library}, as the bundle holds {record.engine} for this {gpu.name}")
+        if "CUDAExecutionProvider" in import_onnxruntime().get_available_providers():
+            yield dataclasses.replace(options, backend="onnxruntime", device="cuda"), f"onnxruntime on this {gpu.name}"
+        yield None, "this onnxruntime has no CUDA"
     if options.device == "cuda":
         return
     yield from _on_the_cpu(bundle, options)

@@ -1,7 +1,12 @@
-"""ONNX Runtime. The CPU provider is tested; the CUDA provider has never been run by us, only its checks have."""
+"""ONNX Runtime.
+
+The CPU provider is tested; those for GPUs (CUDA, TensorRT, TensorRT-RTX) have never been run by us, only their checks
+have.
+"""
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -11,9 +16,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..errors import BundleError, DcformerWarning, DeviceUnavailable, InferenceError, MissingDependency, install
+from ..files import cache_folder
 from .base import Options
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {("onnxruntime", "cpu"): "CPUExecutionProvider", ("onnxruntime", "cuda"): "CUDAExecutionProvider",
+              ("onnxruntime-tensorrt", "cuda"): "TensorrtExecutionProvider",
+              ("onnxruntime-tensorrt-rtx", "cuda"): "NvTensorRTRTXExecutionProvider"}
+#: NVIDIA's plugin, which is registered with ONNX Runtime by path.
+_RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 _FATAL_LEVEL = 4  # errors come as exceptions; the library's own log lines would only repeat them
 
@@ -53,17 +63,25 @@ class OnnxRuntimeBackend:
 
     def __init__(self, path: Path, options: Options) -> None:
         library = import_onnxruntime()
-        provider = _PROVIDERS[options.device]
-        if provider not in library.get_available_providers():
-            raise DeviceUnavailable(f"device {options.device!r}: this onnxruntime has no {provider}, only "
-                                    f"{', '.join(library.get_available_providers())}; pip uninstall onnxruntime, then "
-                                    f"{install('cuda')}")
+        provider = _PROVIDERS.get((options.backend, options.device))
+        if provider is None:
+            raise DeviceUnavailable(f"device {options.device!r}: the {options.backend} back end runs on a GPU; pass "
+                                    "--device cuda")
         settings = library.SessionOptions()
         settings.log_severity_level = _FATAL_LEVEL
         settings.intra_op_num_threads = options.thread_count
         settings.inter_op_num_threads = 1
+        if options.backend == "onnxruntime-tensorrt-rtx":
+            settings.add_provider_for_devices(_rtx_devices(library), {})
+            chosen = {}
+        else:
+            if provider not in library.get_available_providers():
+                raise DeviceUnavailable(f"device {options.device!r}: this onnxruntime has no {provider}, only "
+                                        f"{', '.join(library.get_available_providers())}; pip uninstall onnxruntime, "
+                                        f"then {install('cuda')}")
+            chosen = {"providers": [(provider, _provider_options(provider, options.precision))]}
         try:
-            self._session = library.InferenceSession(str(path), settings, providers=[provider])
+            self._session = library.InferenceSession(str(path), settings, **chosen)
         except Exception as error:  # onnxruntime's own exceptions have no common base but Exception
             raise BundleError(f"{path}: onnxruntime {library.__version__} refuses it: {_brief(error)}") from error
         # A provider that fails to start is dropped with a log line only: read back what is really there.
@@ -87,6 +105,44 @@ class OnnxRuntimeBackend:
     def describe(self) -> str:
         """Library, version, provider and threads."""
         return self._description
+
+
+def _provider_options(provider: str, precision: str) -> dict[str, str]:
+    # Its own default is to compute float32 with 10 bits of mantissa.
+    if provider == "CUDAExecutionProvider":
+        return {"use_tf32": "0"}
+    if provider != "TensorrtExecutionProvider":
+        return {}
+    # It must be told which types the graph has, and chooses among them by itself: what the graph keeps in float32 may
+    # become FP16.
+    caches = cache_folder() / "onnxruntime-tensorrt"
+    return {"trt_fp16_enable": str(int(precision != "fp32")), "trt_int8_enable": str(int(precision == "int8")),
+            "trt_bf16_enable": str(int(precision == "bf16")), "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(caches)}
+
+
+def _rtx_devices(library: Any) -> list[Any]:
+    """GPUs that the TensorRT-RTX plugin has found; registers it first.
+
+    Raises:
+        MissingDependency: the plugin is not installed.
+        DeviceUnavailable: it does not load, or finds no GPU.
+    """
+    try:
+        plugin = importlib.import_module(_RTX_PLUGIN)
+    except ImportError as error:
+        raise MissingDependency(f"{_RTX_PLUGIN} is not installed (or broken: {error}); pip install "
+                                "onnxruntime-ep-nv-tensorrt-rtx") from error
+    name = plugin.get_ep_name()
+    try:
+        if all(device.ep_name != name for device in library.get_ep_devices()):
+            library.register_execution_provider_library(name, plugin.get_library_path())
+    except Exception as error:  # as above
+        raise DeviceUnavailable(f"{_RTX_PLUGIN} does not load: {_brief(error)}; run on a machine with a GPU") from error
+    devices = [device for device in library.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise DeviceUnavailable(f"{_RTX_PLUGIN} finds no GPU that it supports")
+    return devices[:1]
 
 
 def _brief(error: Exception) -> str:

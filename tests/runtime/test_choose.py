@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_gpu import install, with_engines
@@ -64,6 +65,12 @@ def test_on_a_gpu(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert why.startswith("tensorrt: ")
     assert "built by tensorrt 10.13.2, here is 10.12.0" in why
     assert choose_backend(opened, Options(backend="auto", precision="int8"))[0].backend == "openvino"
+    with monkeypatch.context() as patch:
+        patch.setattr(choose, "import_onnxruntime", lambda: SimpleNamespace(
+            get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]))
+        options, why = choose_backend(opened, Options(backend="auto", precision="int8"))
+        assert (options.backend, options.device) == ("onnxruntime", "cuda")
+        assert why.endswith("onnxruntime on this NVIDIA H100")
     fake.driver.capability = (7, 5)
     assert choose_backend(opened, Options(backend="auto", precision="fp16"))[0].backend == "onnxruntime"
 
