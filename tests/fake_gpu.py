@@ -149,6 +149,7 @@ class FakeTensorRt:
         self.versions: dict[str, str] = {}
         self.contexts = 0
         self.compiled = b""
+        self.refits, self.refitted = True, []
 
     def Runtime(self, logger: Any) -> Any:
         def deserialize(data: bytes) -> Any:
@@ -158,6 +159,12 @@ class FakeTensorRt:
             return _Engine(self, *self.engines[data])
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+    def Refitter(self, engine: Any, logger: Any) -> Any:
+        return SimpleNamespace(refit_cuda_engine=lambda: self.refits)
+
+    def OnnxParserRefitter(self, refitter: Any, logger: Any) -> Any:
+        return SimpleNamespace(refit_from_file=lambda path: self.refitted.append(path) or Path(path).exists())
 
 
 class _Engine:

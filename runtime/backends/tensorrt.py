@@ -261,4 +261,18 @@ def _deserialize(library: Library, bundle: Bundle, record: EngineRecord) -> tupl
         raise EngineRefused(f"{bundle.folder / record.engine}: {library.name} {library.version} refuses it here: "
                             f"{log.last()}; run on this machine: "
                             f"{build_command(bundle.folder, record.precision, record.library)}")
+    if record.flags.get("strip_weights"):
+        _refit(library, bundle, record, engine, log)
     return engine, log
+
+
+def _refit(library: Library, bundle: Bundle, record: EngineRecord, engine: Any, log: Log) -> None:
+    """Give an engine that was built without its weights those of its ONNX file."""
+    refitter = library.module.Refitter(engine, log.logger)
+    parser = library.module.OnnxParserRefitter(refitter, log.logger)
+    if record.weights is not None:
+        bundle.path(record.weights)  # raises if it is no longer the file that was checked
+    if not parser.refit_from_file(str(bundle.path(record.onnx))) or not refitter.refit_cuda_engine():
+        raise EngineRefused(f"{bundle.folder / record.engine}: its weights cannot be filled in from {record.onnx}: "
+                            f"{log.last()}; run without --strip-weights: "
+                            f"{build_command(bundle.folder, record.precision, record.library)}")

@@ -1,5 +1,6 @@
 """The TensorRT back end on a faked driver: buffers, graphs, the pool, errors; and real refusals without a GPU."""
 
+import dataclasses
 import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from dcformer_deploy.runtime import InputError, gpu, load
 from dcformer_deploy.runtime.backends import Options, device, tensorrt
 from dcformer_deploy.runtime.backends.device import plan_buffers
 from dcformer_deploy.runtime.bundle import open_bundle
+from dcformer_deploy.runtime.engines import find_engine
 from dcformer_deploy.runtime.errors import (
     DcformerError,
     DcformerWarning,
@@ -198,6 +200,33 @@ def test_what_rtx_compiled_is_kept(built: Path, library: FakeTensorRt, tmp_path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(DcformerWarning, match="tensorrt_rtx compiles anew each time"):
         tensorrt.TensorRtBackend(open_bundle(built), "text", options).run(feeds, ["text_embedding"])
+
+
+def test_engines_without_weights_are_given_those_of_the_onnx_file(built: Path, library: FakeTensorRt):
+    bundle = open_bundle(built)
+    record = find_engine(bundle, "image", "fp16", "tensorrt", None)
+    stripped = dataclasses.replace(record, flags={"strip_weights": True})
+    options = Options("cuda", backend="tensorrt", precision="fp16")
+    tensorrt.TensorRtBackend(bundle, "image", options, record=record)
+    assert library.refitted == []
+    tensorrt.TensorRtBackend(bundle, "image", options, record=stripped)
+    assert library.refitted == [str(built / record.onnx)]
+    library.refits = False
+    with pytest.raises(EngineRefused, match="cannot be filled in from image.fp16.onnx.*without --strip-weights"):
+        tensorrt.TensorRtBackend(bundle, "image", options, record=stripped)
+
+
+def test_the_real_library_has_what_is_called():
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert callable(trt.Refitter.refit_cuda_engine)
+    assert callable(trt.OnnxParserRefitter.refit_from_file)
+    assert trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE is not None
+    for name in ("set_input_shape", "get_tensor_shape", "set_tensor_address", "execute_async_v3"):
+        assert callable(getattr(trt.IExecutionContext, name))
+    for name in ("create_runtime_config", "create_execution_context"):
+        assert callable(getattr(trt.ICudaEngine, name))
+    for name in ("create_runtime_cache", "set_runtime_cache"):
+        assert callable(getattr(trt.IRuntimeConfig, name))
 
 
 def test_without_a_gpu(built: Path):
