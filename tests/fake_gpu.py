@@ -123,7 +123,15 @@ class FakeDriver:
         job = Job.from_buffer_copy(Job.from_address(ctypes.c_void_p.from_address(arguments).value))
         self.enqueue(stream, lambda: function(ctypes.byref(job), x, threads))
 
-    def cuGraphInstantiate(self, graph: int, flags: int) -> int: return graph
+    def cuGraphInstantiate(self, graph: int, flags: int) -> int:
+        handle = next(self._handles)
+        self.graphs[handle] = self.graphs[graph]
+        return handle
+
+    def cuGraphDestroy(self, graph: int) -> None:
+        del self.graphs[graph]
+
+    cuGraphExecDestroy = cuGraphDestroy
 
     def cuGraphLaunch(self, graph: int, stream: int) -> None:
         for work in self.graphs[graph]:

@@ -133,7 +133,10 @@ class Stream:
             self._device.call("cuStreamEndCapture", self._stream)
             raise
         graph = self._device.call("cuStreamEndCapture", self._stream)
-        return self._device.call("cuGraphInstantiate", graph, 0)
+        try:
+            return self._device.call("cuGraphInstantiate", graph, 0)
+        finally:
+            self._device.free("cuGraphDestroy", graph)
 
     def replay(self, graph: Any) -> None:
         """Enqueue what was recorded."""

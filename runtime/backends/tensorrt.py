@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX engines.
 
 Each request takes a slot from a bounded pool: an execution context, a stream, one block of device memory and pinned
-staging for all inputs and outputs at the largest profile. Where TensorRT runs the same shapes again, its kernels are
-replayed as one CUDA graph; TensorRT-RTX captures by itself.
+staging for all inputs and outputs at the largest profile. Where TensorRT runs the same shapes several times in a row,
+its kernels are replayed as one CUDA graph; TensorRT-RTX captures by itself.
 
 Run with a faked driver and engine only, which compute with ONNX Runtime; on a GPU not yet.
 """
@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,21 @@ from .sampler import DeviceArray, Sampler
 
 #: Requests that may run at once, each with memory of its own.
 SLOTS = 2
+
+
+class Resident(Protocol):
+    """``stream``: address of the CUDA stream that it works on."""
+
+    @property
+    def stream(self) -> int: ...  # noqa: D102
+
+    def enqueue(self) -> None:
+        """Compute once more, without waiting."""
+        ...
+
+    def fetch(self, outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Wait, and download."""
+        ...
 
 
 class TensorRtBackend:
@@ -84,6 +99,23 @@ class TensorRtBackend:
         if self._compiled is not None:
             self._compiled.keep()
         return found
+
+    @contextmanager
+    def hold(self, feeds: Mapping[str, Any]) -> Iterator[Resident]:
+        """An inference whose inputs stay on the device, to be run again and again: for measuring. Raises like ``run``.
+
+        Takes a slot, which others wait for.
+        """
+        inputs = {name: self._shapes.check(name, feeds[name]) for name in self._shapes.inputs}
+        self._device.use()
+        with self._slot() as slot:
+            slot.run(inputs, self._shapes.outputs)
+            yield slot
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that the engine uses beside weights, inputs and outputs."""
+        return int(self._engine.device_memory_size_v2)
 
     def preprocess(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, DeviceArray]:
         """What the engine reads of a scan, made on the GPU and left there. Raises like ``scan_feeds``."""
@@ -197,31 +229,64 @@ class _Slot:
         except BaseException:
             self._memory.close()
             raise
-        self._graphs: dict[tuple[Any, ...], Any] = {}
-        self._seen: set[tuple[Any, ...]] = set()
+        self._bound: tuple[Any, ...] | None = None
+        self._fresh = True
+        self._graph: Any = None
 
     def run(self, inputs: Mapping[str, NDArray[Any] | Borrowed], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Upload, compute, download, wait."""
-        addresses, uploads, own = {}, [], True
+        uploads = self.bind(inputs)
+        for name, size in uploads.items():
+            self._stream.upload(self._memory.address(name), self._memory.staging(name), size)
+        self.enqueue()
+        return self.fetch(outputs)
+
+    @property
+    def stream(self) -> int:
+        """Address of the stream that it works on."""
+        return self._stream.handle
+
+    def bind(self, inputs: Mapping[str, NDArray[Any] | Borrowed]) -> dict[str, int]:
+        """Tell the engine where its inputs and outputs lie; arrays of the host are in staging memory then.
+
+        Returns:
+            Bytes to upload, by input.
+        """
+        addresses, uploads = {}, {}
         for name, array in inputs.items():
             if isinstance(array, Borrowed):
-                own = False
                 addresses[name] = array.address
             else:
                 self._memory.view(name, array.shape, array.dtype)[...] = array
                 addresses[name] = self._memory.address(name)
-                uploads.append((name, array.nbytes))
-            self._require(self._context.set_input_shape(name, tuple(array.shape)), f"the shape of {name}")
-        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in self._shapes.outputs}
-        addresses |= {name: self._memory.address(name) for name in self._shapes.outputs}
-        for name, address in addresses.items():
-            self._require(self._context.set_tensor_address(name, address), f"the address of {name}")
-        if not own:
+                uploads[name] = array.nbytes
+        if len(uploads) < len(inputs):
             self._device.call("cuCtxSynchronize")  # whoever made the arrays may still be writing them
-        for name, size in uploads:
-            self._stream.upload(self._memory.address(name), self._memory.staging(name), size)
-        # Arrays of others lie elsewhere each time, and a graph holds addresses.
-        self._compute(tuple(sorted((name, tuple(array.shape)) for name, array in inputs.items())) if own else None)
+        bound = tuple(sorted((name, addresses[name], tuple(array.shape)) for name, array in inputs.items()))
+        if bound == self._bound:
+            return uploads
+        # A graph holds addresses and the kernels for one shape.
+        self._forget_graph()
+        for name, array in inputs.items():
+            self._require(self._context.set_input_shape(name, tuple(array.shape)), f"the shape of {name}")
+        for name, address in (addresses | {name: self._memory.address(name) for name in self._shapes.outputs}).items():
+            self._require(self._context.set_tensor_address(name, address), f"the address of {name}")
+        self._bound, self._fresh = bound, True
+        return uploads
+
+    def enqueue(self) -> None:
+        """Enqueue the engine: at first as it is, which lets it allocate; the second time recorded; then replayed."""
+        if self._is_rtx or self._fresh:
+            self._fresh = False
+            self._enqueue()
+            return
+        if self._graph is None:
+            self._graph = self._stream.capture(self._enqueue)
+        self._stream.replay(self._graph)
+
+    def fetch(self, outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Download, and wait."""
+        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in outputs}
         for name in outputs:
             size = math.prod(shapes[name]) * self._shapes.dtypes[name].itemsize
             self._stream.download(self._memory.staging(name), self._memory.address(name), size)
@@ -229,16 +294,10 @@ class _Slot:
         # Copies: the staging memory is the next request's.
         return [self._memory.view(name, shapes[name], self._shapes.dtypes[name]).copy() for name in outputs]
 
-    def _compute(self, key: tuple[Any, ...] | None) -> None:
-        """Enqueue the engine: at first as it is, which lets it allocate; the second time recorded; then replayed."""
-        if self._is_rtx or key is None or key not in self._seen:
-            self._enqueue()
-            if key is not None:
-                self._seen.add(key)
-            return
-        if key not in self._graphs:
-            self._graphs[key] = self._stream.capture(self._enqueue)
-        self._stream.replay(self._graphs[key])
+    def _forget_graph(self) -> None:
+        if self._graph is not None:
+            self._device.free("cuGraphExecDestroy", self._graph)
+            self._graph = None
 
     def _enqueue(self) -> None:
         self._require(self._context.execute_async_v3(self._stream.handle), "to run")
@@ -249,6 +308,7 @@ class _Slot:
 
     def close(self) -> None:
         """Give memory and stream back."""
+        self._forget_graph()
         self._memory.close()
         self._stream.close()
 
