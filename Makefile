@@ -69,8 +69,9 @@ gpu-check: $(READY)
 	$(BIN)/dcformer build demo/gpu/bundle --precision fp32,fp16,bf16,int8
 	$(BIN)/dcformer check demo/gpu/bundle --data demo/gpu/scans --samples 4 --require-engines
 
+# Two processes: most of a test is Python, on one core.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m ""

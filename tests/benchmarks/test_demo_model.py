@@ -56,8 +56,8 @@ def test_demo_prints_scores_beside_the_truth(bundle: Path, tmp_path: Path, capsy
 
 @pytest.mark.slow
 def test_it_ranks_phantoms_it_was_not_trained_on(bundle: Path, tmp_path: Path):
-    """A coarse guard on 60 phantoms; `make evaluate` has the figures of the model card, on 300."""
-    write_dataset(tmp_path / "phantoms", DatasetOptions(60, 4321), workers=2)
+    """A coarse guard on 32 phantoms; `make evaluate` has the figures of the model card, on 300."""
+    write_dataset(tmp_path / "phantoms", DatasetOptions(32, 4321), workers=2)
     cases = read_dataset(tmp_path / "phantoms", CT_RATE_CLASSES, Tables())
     model = load(bundle)
     scores = np.array([list(model.zero_shot(case.path).scores.values()) for case in cases])

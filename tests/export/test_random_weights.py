@@ -17,19 +17,13 @@ from dcformer_deploy.export.verify import check_image_tower, require_agreement
 from dcformer_deploy.runtime import load
 from dcformer_deploy.runtime.cli.app import main
 
-#: The smallest of each family runs always, the others with the slow tests.
-QUICK = {"convnext-nano", "ctvit-ctclip", "dcformer-nano", "poolformer-nano", "transunet-naive", "vit-naive"}
-#: Half a minute; dcformer-base has the same modules.
-THOROUGH = {"dcformer-large"}
+#: The smallest of each family, and the published DCFormers, run always; the others with `make test-all`.
+QUICK = {"convnext-nano", "ctvit-ctclip", "dcformer-nano", "dcformer-naive", "dcformer-tiny", "poolformer-nano",
+         "transunet-naive", "vit-naive"}
 
 
-def _marks(name: str) -> list[pytest.MarkDecorator]:
-    if name in QUICK:
-        return []
-    return [pytest.mark.thorough if name in THOROUGH else pytest.mark.slow]
-
-
-@pytest.mark.parametrize("name", [pytest.param(spec.name, marks=_marks(spec.name)) for spec in all_encoders()])
+@pytest.mark.parametrize("name", [
+    pytest.param(spec.name, marks=[] if spec.name in QUICK else pytest.mark.thorough) for spec in all_encoders()])
 def test_graph_computes_what_pytorch_computes(name: str, tmp_path: Path):
     size = 2 * get_encoder(name).size_step
     checkpoint = random_checkpoint(name, seed=1, input_size=size)
