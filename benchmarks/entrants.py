@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..runtime.backends import Options
 from ..runtime.bundle import open_bundle
+from ..runtime.engines import LIBRARIES
 from ..runtime.errors import InputError, suggestion
 from ..runtime.manifest import MANIFEST_NAME, Manifest
 from .contenders import Entrant, Job, bundle, loading, pytorch_eager
@@ -95,6 +96,30 @@ def loading_entrants(field: Field) -> list[Entrant]:
     """Reading and preprocessing alone: the original's method and ours."""
     job = Job(str(field.bundle), None, field.threads, same_weights=True, scan=str(field.scan))
     return [Entrant("original", loading.ORIGINAL_KIND, job), Entrant("ours", loading.KIND, job)]
+
+
+def gpu_entrants(names: Sequence[str], field: Field) -> list[Entrant]:
+    """From a preprocessed volume, or from a scan's file, on the GPU: PyTorch eager in float32, and engines.
+
+    Args:
+        names: of ``benchmarks.gpu.contenders.names_of``; others than "torch-fp32" and engines are left out.
+    """
+    manifest = field.manifest
+    job = Job(str(field.bundle), str(field.checkpoint) if field.checkpoint else None, field.threads,
+              field.checkpoint is not None or manifest.source.random_seed is not None,
+              manifest.preprocessing.value_range, scan=str(field.scan) if field.scan else None, device="cuda")
+    entrants = []
+    for name in names:
+        library, _, precision = name.rpartition("-")
+        if name == "torch-fp32":
+            entrants.append(Entrant(name, pytorch_eager.KIND, job))
+        elif library in LIBRARIES:
+            engine = replace(job, backend=library, precision=precision)
+            entrants.append(Entrant(name, bundle.KIND, engine))
+            if field.scan is not None:
+                entrants.append(Entrant(f"{name}, preprocessed on the GPU", bundle.KIND,
+                                        replace(engine, preprocess="gpu")))
+    return entrants
 
 
 def _export_again(field: Field, manifest: Manifest, export: str, folder: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,14 +14,18 @@ import onnx
 from numpy.typing import NDArray
 
 from ..runtime.backends import Backend, Options, open_graph
+from ..runtime.backends.device import Device
+from ..runtime.backends.sampler import Sampler
 from ..runtime.bundle import Bundle
 from ..runtime.engines import GPU_TARGET, EngineRecord, engine_records
 from ..runtime.errors import DcformerError, EngineRefused, InputError
+from ..runtime.gpu import current_gpu
 from ..runtime.manifest import ANY_TARGET, Graph
-from ..runtime.volume import image_feeds
+from ..runtime.volume import ReadOptions, image_feeds, read_scan, scan_feeds
 from .calibrate import load_graph
 from .emulate import EmulatedBackend
 from .observe import open_part
+from .scans import Scan
 from .sqnr import EXACT_DB, energy, signal_to_noise_db
 
 
@@ -51,6 +56,8 @@ LEAST_OF_TRANSUNET = {"fp32": Least(70, 0.99999, 0.9), "fp16": Least(15, 0.9999,
 _ADDED_DB = 6.0
 _OWN_DB = {"fp32": 80.0, "fp16": 60.0, "bf16": 45.0, "int8": 45.0}
 _TF32_DB = 50.0
+#: Of inputs that the GPU makes, in units of the preprocessed volume.
+LARGEST_PREPROCESSING_ERROR = 1e-3
 #: What is compared of each tower; the first decides.
 OUTPUTS = {"image": ("feature_map", "image_embedding", "codes"), "text": ("text_embedding",)}
 
@@ -83,8 +90,10 @@ class Row:
         return self.not_run is None and not self.failures
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "passed": self.passed if self.not_run is None else None}
+        """For JSON, which knows no NaN: such figures are None."""
+        figures = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                   for name, value in asdict(self).items()}
+        return {**figures, "passed": self.passed if self.not_run is None else None}
 
 
 class _Reference:
@@ -215,6 +224,35 @@ def _check_engine(bundle: Bundle, record: EngineRecord, reference: _Reference, o
     except (DcformerError, ImportError) as error:
         return dataclasses.replace(row, not_run=str(error))
     return reference.compare(dataclasses.replace(row, back_end=backend.describe()), found, least)
+
+
+def check_preprocessing(bundle: Bundle, scans: Sequence[Scan], options: Options) -> list[Row]:
+    """Inputs that the GPU makes of scans, against those of the CPU; in each dtype that the bundle's graphs read.
+
+    Raises:
+        DeviceUnavailable: no GPU.
+    """
+    gpu, spec = current_gpu(), bundle.manifest.preprocessing
+    try:
+        sampler = Sampler(Device(), gpu.compute_capability)
+    except DcformerError as error:
+        return [Row("preprocessing", "image", "fp32", gpu.name, not_run=str(error))]
+    rows = []
+    for graph in {graph.inputs[0].dtype: graph for graph in bundle.manifest.graphs if graph.role == "image"}.values():
+        signal, noise, largest = 0.0, 0.0, 0.0
+        for scan in scans:
+            volume = read_scan(scan.path, spec, ReadOptions(**scan.options))
+            expected = scan_feeds(graph.inputs, volume, spec, options.thread_count)
+            for name, array in sampler.feeds(volume, spec, graph.inputs).items():
+                found = sampler.fetch(array).astype(np.float32)
+                exact = expected[name].astype(np.float32)
+                signal, noise = signal + energy(exact), noise + energy(exact, found)
+                largest = float(np.maximum(largest, np.abs(found - exact).max()))  # NaN stays NaN
+        rows.append(Row(
+            f"preprocessing, {graph.inputs[0].dtype}", "image", graph.precision, f"{gpu.name}, {len(scans)} scans",
+            signal_to_noise_db(signal, noise), None, None, largest, None,
+            () if largest <= LARGEST_PREPROCESSING_ERROR else (f"differs by {largest:.1e}",)))
+    return rows
 
 
 def random_volumes(bundle: Bundle, count: int, seed: int = 0) -> list[NDArray[np.float32]]:

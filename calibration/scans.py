@@ -44,19 +44,19 @@ def choose_samples(folder: Path, count: int, split: str | None, options: Mapping
 
 
 def read_volumes(scans: Sequence[Scan], count: int, spec: Preprocessing, threads: int,
-                 on_scan: Callable[[str], None]) -> list[NDArray[np.float32]]:
+                 on_scan: Callable[[str], None]) -> dict[Path, NDArray[np.float32]]:
     """The first ``count`` of the scans that can be read, preprocessed, ``[D, H, W]`` each; others warn.
 
     Raises:
         InputError: fewer than ``count`` can be read.
     """
-    volumes = []
+    volumes = {}
     for scan in scans:
         if len(volumes) == count:
             break
         on_scan(scan.path.name)
         try:
-            volumes.append(prepare_scan(scan.path, spec, ReadOptions(**scan.options), threads))
+            volumes[scan.path] = prepare_scan(scan.path, spec, ReadOptions(**scan.options), threads)
         except BundleError:
             raise
         except InputError as error:

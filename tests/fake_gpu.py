@@ -11,6 +11,7 @@ import enum
 import itertools
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,8 @@ class FakeDriver:
         self.streams: dict[int, list[Callable[[], None]]] = {}
         self.captured: dict[int, list[Callable[[], None]]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.recorded: dict[int, int] = {}
+        self.passed: dict[int, float] = {}
         self._handles = itertools.count(1)
 
     def __getattribute__(self, name: str) -> Any:
@@ -99,7 +102,23 @@ class FakeDriver:
     def _copy(self, target: int, source: int, size: int, stream: int) -> None:
         self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None)
 
-    cuMemcpyHtoDAsync = cuMemcpyDtoHAsync = _copy
+    cuMemcpyHtoDAsync = cuMemcpyDtoHAsync = cuMemcpyDtoDAsync = _copy
+
+    def cuMemGetInfo(self) -> int:
+        return (80 << 30) - sum(map(len, self.blocks.values()))
+
+    def cuEventCreate(self, flags: int) -> int:
+        return next(self._handles)
+
+    def cuEventRecord(self, event: int, stream: int) -> None:
+        self.recorded[event] = stream
+        self.enqueue(stream, lambda: self.passed.__setitem__(event, time.perf_counter()))
+
+    def cuEventSynchronize(self, event: int) -> None:
+        object.__getattribute__(self, "cuStreamSynchronize")(self.recorded[event])
+
+    def cuEventElapsedTime(self, start: int, end: int) -> float:
+        return (self.passed[end] - self.passed[start]) * 1e3
 
     def cuStreamSynchronize(self, stream: int) -> None:
         work, self.streams[stream] = self.streams[stream], []
@@ -176,6 +195,8 @@ class FakeTensorRt:
 
 
 class _Engine:
+    device_memory_size_v2 = 1 << 20
+
     def __init__(self, library: FakeTensorRt, record: EngineRecord, proto: onnx.ModelProto) -> None:
         self._library, self._record = library, record
         self._session = onnxruntime.InferenceSession(emulate(proto).SerializeToString(),

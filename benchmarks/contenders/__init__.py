@@ -16,8 +16,8 @@ class Job:
 
     ``bundle`` folder; ``checkpoint`` file or None; CPU ``threads``; see each contender.
     ``same_weights``: whether every contender has the bundle's weights, so that embeddings can be compared.
-    ``value_range``: of preprocessed volumes. ``backend``, ``precision``: for bundles, as in
-    ``runtime.backends.Options``.
+    ``value_range``: of preprocessed volumes. ``backend``, ``precision``, ``preprocess``: for
+    bundles, as in ``runtime.backends.Options``. ``device``: likewise, for PyTorch too.
     ``scan``: a file; what is measured then begins at that file instead of at a preprocessed volume.
     """
 
@@ -29,6 +29,8 @@ class Job:
     backend: str = "onnxruntime"
     precision: str = "fp32"
     scan: str | None = None
+    device: str = "cpu"
+    preprocess: str = "cpu"
 
 
 @dataclass(frozen=True)

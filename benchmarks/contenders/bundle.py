@@ -27,6 +27,7 @@ class _Bundle:
 
 def open_contender(job: Job) -> _Bundle:
     """Load the bundle and its image tower."""
-    model = load(job.bundle, threads=job.threads, backend=job.backend, precision=job.precision)
+    model = load(job.bundle, job.device, job.threads, backend=job.backend, precision=job.precision,
+                 preprocess=job.preprocess)
     model.describe()
     return _Bundle(model)

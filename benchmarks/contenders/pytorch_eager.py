@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.bundle import open_bundle
+from ...runtime.errors import DeviceUnavailable
+from ...runtime.manifest import Manifest
 from ...runtime.scoring import probabilities
 from . import Job
 
 KIND = "pytorch"
 
 
+def build_clip(manifest: Manifest, checkpoint: Path | None) -> tuple[Any, str]:
+    """A bundle's model in PyTorch, on the CPU, and what its weights are: the checkpoint's, or random ones."""
+    from ...export.checkpoints import read_checkpoint
+    from ...export.clip import Detector
+    from ...export.random_weights import random_checkpoint
+
+    if checkpoint is not None:
+        model = read_checkpoint(checkpoint, manifest.input_size, manifest.reduction).build()
+        weights = "the checkpoint's weights"
+    else:
+        seed = manifest.source.random_seed
+        model = random_checkpoint(manifest.encoder, seed or 0, manifest.input_size, manifest.reduction).build()
+        weights = "random weights" if seed is None else f"random weights, seed {seed}"
+    return model.trained_model if isinstance(model, Detector) else model, weights
+
+
 class _Eager:
     def __init__(self, job: Job) -> None:
         import torch
 
-        from ...export.checkpoints import read_checkpoint
-        from ...export.clip import Detector
-        from ...export.random_weights import random_checkpoint
-
         torch.set_num_threads(job.threads)
-        self._torch = torch
+        self._torch, self._device = torch, job.device
+        if job.device == "cuda" and not torch.cuda.is_available():
+            raise DeviceUnavailable(f"PyTorch {torch.__version__} has no CUDA here")
         manifest = open_bundle(job.bundle, verify=False).manifest
-        if job.checkpoint is not None:
-            model = read_checkpoint(Path(job.checkpoint), manifest.input_size, manifest.reduction).build()
-            weights = "the checkpoint's weights"
-        elif (seed := manifest.source.random_seed) is not None:
-            model = random_checkpoint(manifest.encoder, seed, manifest.input_size, manifest.reduction).build()
-            weights = f"random weights, seed {seed}"
-        else:
-            model = random_checkpoint(manifest.encoder, 0, manifest.input_size, manifest.reduction).build()
-            weights = "random weights"
-        self._clip = model.trained_model if isinstance(model, Detector) else model
+        clip, weights = build_clip(manifest, Path(job.checkpoint) if job.checkpoint else None)
+        self._clip = clip.to(job.device)
         self._manifest = manifest
         self._prompts = None if manifest.zero_shot is None else np.load(
             Path(job.bundle) / manifest.zero_shot.prompt_embeddings, allow_pickle=False)
-        self._description = f"PyTorch {torch.__version__} eager, {job.threads} threads, {weights}"
+        self._description = f"PyTorch {torch.__version__} eager, {job.device}, {job.threads} threads, {weights}"
 
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         with self._torch.inference_mode():
-            return self._clip.encode_image(self._torch.from_numpy(volume[:, None])).embedding.numpy()
+            tensor = self._torch.from_numpy(volume[:, None]).to(self._device)
+            return self._clip.encode_image(tensor).embedding.cpu().numpy()
 
     def run_scan(self, scan: str) -> NDArray[np.float32]:
         from ..original import load_volume

@@ -148,11 +148,13 @@ class Stream:
 
 
 class Memory:
-    """One block on the device and one of the same layout in pinned host memory."""
+    """One block on the device and, for ``staging``, one of the same layout in pinned host memory."""
 
-    def __init__(self, device: Device, plan: Plan) -> None:
-        self._device, self.plan = device, plan
+    def __init__(self, device: Device, plan: Plan, staging: bool = True) -> None:
+        self._device, self.plan, self._staging = device, plan, None
         self._block = device.call("cuMemAlloc", plan.total_bytes)
+        if not staging:
+            return
         try:
             self._staging = device.call("cuMemAllocHost", plan.total_bytes)
         except BaseException:
@@ -165,6 +167,7 @@ class Memory:
 
     def staging(self, name: str) -> int:
         """Of a tensor in pinned host memory."""
+        assert self._staging is not None
         return int(self._staging) + self.plan.offsets[name]
 
     def view(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -175,5 +178,6 @@ class Memory:
 
     def close(self) -> None:
         """Give both back."""
-        self._device.free("cuMemFreeHost", self._staging)
+        if self._staging is not None:
+            self._device.free("cuMemFreeHost", self._staging)
         self._device.free("cuMemFree", self._block)

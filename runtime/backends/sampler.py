@@ -167,6 +167,15 @@ class Sampler:
         return {info.name: DeviceArray(lease, info.name, (1, 1, *tasks[info.name].shape), np.dtype(info.dtype))
                 for info in inputs}
 
+    def fetch(self, array: DeviceArray) -> NDArray[Any]:
+        """An array of ``feeds``, on the host."""
+        found = np.empty(array.shape, array.dtype)
+        self._device.use()
+        with self._lock:
+            self._stream.download(found.ctypes.data, array.__cuda_array_interface__["data"][0], found.nbytes)
+            self._stream.wait()
+        return found
+
     def _reserve(self, sizes: dict[str, int]) -> Memory:
         """Memory that was used before, if it is large enough, else new one in its place."""
         plan = plan_buffers(sizes)

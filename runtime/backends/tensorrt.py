@@ -37,10 +37,13 @@ SLOTS = 2
 
 
 class Resident(Protocol):
-    """``stream``: address of the CUDA stream that it works on."""
+    """``stream``: address of the CUDA stream that it works on. ``bytes``: of inputs and outputs, largest batch."""
 
     @property
     def stream(self) -> int: ...  # noqa: D102
+
+    @property
+    def bytes(self) -> int: ...  # noqa: D102
 
     def enqueue(self) -> None:
         """Compute once more, without waiting."""
@@ -66,19 +69,19 @@ class TensorRtBackend:
                                     "--device cuda")
         gpu = self._gpu = current_gpu()
         library = load_library(options.backend)
-        self._record = record or find_engine(bundle, role, options.precision, options.backend, gpu)
-        require_fitting(bundle, self._record, library.version, gpu)
+        self.record = record or find_engine(bundle, role, options.precision, options.backend, gpu)
+        require_fitting(bundle, self.record, library.version, gpu)
         self._is_rtx = library.is_rtx
         self._device = Device()
         self._device.use()
-        self._engine, self._log = _deserialize(library, bundle, self._record)
-        self._compiled = _Compiled(library, self._engine, self._record, gpu) if self._is_rtx else None
-        self._shapes = _Shapes(self._record)
+        self._engine, self._log = _deserialize(library, bundle, self.record)
+        self._compiled = _Compiled(library, self._engine, self.record, gpu) if self._is_rtx else None
+        self._shapes = _Shapes(self.record)
         self._free = threading.BoundedSemaphore(slots)
         self._idle: list[_Slot] = []
         self._lock = threading.Lock()
         self._sampler: Sampler | None = None
-        self._description = f"{library.name} {library.version}, {gpu.name}, {self._record.engine}"
+        self._description = f"{library.name} {library.version}, {gpu.name}, {self.record.engine}"
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Compute the named outputs.
@@ -124,6 +127,13 @@ class TensorRtBackend:
                 self._sampler = Sampler(self._device, self._gpu.compute_capability)
         return self._sampler.feeds(volume, spec, inputs)
 
+    def close(self) -> None:
+        """Give back the memory of requests that have ended; the next one takes new."""
+        with self._lock:
+            slots, self._idle = self._idle, []
+        for slot in slots:
+            slot.close()
+
     def describe(self) -> str:
         """Library, version, GPU and engine."""
         return self._description
@@ -146,7 +156,7 @@ class TensorRtBackend:
         context = (self._engine.create_execution_context() if self._compiled is None else
                    self._engine.create_execution_context(self._compiled.config))
         if context is None:
-            raise InferenceError(f"{self._record.engine}: no execution context ({self._log.last()}); most often for "
+            raise InferenceError(f"{self.record.engine}: no execution context ({self._log.last()}); most often for "
                                  "want of GPU memory")
         return context
 
@@ -245,6 +255,11 @@ class _Slot:
     def stream(self) -> int:
         """Address of the stream that it works on."""
         return self._stream.handle
+
+    @property
+    def bytes(self) -> int:
+        """Device memory for inputs and outputs."""
+        return self._memory.plan.total_bytes
 
     def bind(self, inputs: Mapping[str, NDArray[Any] | Borrowed]) -> dict[str, int]:
         """Tell the engine where its inputs and outputs lie; arrays of the host are in staging memory then.

@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 
 from ..backends import Options
-from ..backends.base import MOST_THREADS
+from ..backends.base import DEVICES, MOST_THREADS
 from ..bundle import open_bundle
 from ..errors import InputError
 from ..files import require_file, require_writable_folder, sha256_file
+from .bench_gpu import bench_gpu, read_batches
 from .options import json_option
 from .output import print_json, print_table, progress
 
@@ -35,13 +36,19 @@ from .output import print_json, print_table, progress
 @click.option("--size", type=click.IntRange(min=32), metavar="S",
               help="With --encoders: volumes of SxSxS/2, or the nearest smaller that an encoder takes.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-              help="With --encoders: write the table as Markdown, CSV and JSON there, and the plot.")
+              help="With --encoders or --device cuda: write the table as Markdown and JSON there, with --encoders also "
+              "as CSV, and the plot.")
+@click.option("--device", type=click.Choice(DEVICES), default=DEVICES[0], show_default=True,
+              help="cuda: engines of BUNDLE beside PyTorch and ONNX Runtime on the GPU.")
+@click.option("--batches", metavar="N,N", help="With --device cuda: batches to measure.  [default: 1,4,8]")
+@click.option("--seconds", type=click.FloatRange(min=0), metavar="S",
+              help="With --device cuda: about how long to measure each batch.  [default: 20]")
 @click.option("--bundles", type=click.Path(path_type=Path), metavar="DIR",
               help="With --encoders: keep the exported bundles there, and use those that are there already.")
 @json_option
 def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Path | None, against: str | None,
             scan: Path | None, load_only: bool, encoders: str | None, size: int | None, out: Path | None,
-            bundles: Path | None, as_json: bool) -> None:
+            bundles: Path | None, device: str, batches: str | None, seconds: float | None, as_json: bool) -> None:
     """Measure latency (median, p95), peak memory and cold start of BUNDLE's image tower, or of many encoders.
 
     With a BUNDLE, others run beside it, by turns; ratios are to the first of them.
@@ -49,6 +56,16 @@ def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Pat
     if (bundle is None) == (encoders is None):
         raise InputError("pass a BUNDLE, or --encoders to measure encoders without one")
     thread_count = Options(threads=threads).thread_count
+    if device == "cuda":
+        if bundle is None or against is not None or load_only:
+            raise InputError("--device cuda measures a BUNDLE, beside everything that runs there; drop --encoders, "
+                             "--against and --load-only")
+        bench_gpu(bundle, checkpoint, read_batches(batches or "1,4,8"), scan, runs, thread_count,
+                  20.0 if seconds is None else seconds, out, as_json)
+        return
+    for option, value in (("--batches", batches), ("--seconds", seconds)):
+        if value is not None:
+            raise InputError(f"{option} is for --device cuda; drop it")
     if encoders is not None:
         if size is None:
             raise InputError("--encoders needs --size S")

@@ -10,6 +10,7 @@ from ..backends import Options
 from ..backends.base import MOST_THREADS
 from ..bundle import ENGINE_SUFFIX, open_bundle
 from ..errors import DeviceUnavailable, InputError, one_line
+from ..gpu import gpu_or_none
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress
 
@@ -33,7 +34,7 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
     without a GPU, is listed with the reason, and is no failure. Whether a precision keeps the answers is shown by
     `dcformer retention`.
     """
-    from ...calibration.check import check, random_tokens, random_volumes, require_any_run
+    from ...calibration.check import check, check_preprocessing, random_tokens, random_volumes, require_any_run
     from ...calibration.scans import choose_samples, read_volumes
 
     if split is not None and data is None:
@@ -41,19 +42,22 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
     opened = open_bundle(bundle)
     options = Options(threads=threads)
     with progress() as display:
-        if data is None:
-            volumes = random_volumes(opened, samples)
-        else:
-            volumes = read_volumes(choose_samples(data, samples, split, {}), samples, opened.manifest.preprocessing,
-                                   options.thread_count, display.stage)
+        scans, volumes = [], random_volumes(opened, samples) if data is None else []
+        if data is not None:
+            found = choose_samples(data, samples, split, {})
+            read = read_volumes(found, samples, opened.manifest.preprocessing, options.thread_count, display.stage)
+            scans, volumes = [scan for scan in found if scan.path in read], list(read.values())
         rows = check(opened, volumes, random_tokens(opened), options, display.stage)
+        if scans and gpu_or_none() is not None:
+            display.stage("preprocessing on the GPU")
+            rows += check_preprocessing(opened, scans, options)
     require_any_run(rows, bundle)
     if as_json:
         print_json([row.to_dict() for row in rows])
     else:
         ran = [row for row in rows if row.not_run is None]
         print_table(f"{bundle} against its fp32 in onnxruntime, on {len(volumes)} volumes", _COLUMNS, (
-            (row.file, row.back_end, f"{row.sqnr_db:.1f}", f"{row.least_db:.1f}", f"{row.cosine:.6f}",
+            (row.file, row.back_end, _number(row.sqnr_db, 1), _number(row.least_db, 1), _number(row.cosine, 6),
              f"{row.max_error:.1e}", "-" if row.codes_equal is None else f"{row.codes_equal:.2%}",
              "ok" if row.passed else f"FAILED: {', '.join(row.failures)}") for row in ran))
         for reason in dict.fromkeys(row.not_run for row in rows if row.not_run is not None):
@@ -66,3 +70,7 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
     if failed:
         click.echo(f"check failed: {', '.join(failed)}", err=True)
     return 1 if failed else 0
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

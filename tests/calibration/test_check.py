@@ -127,3 +127,6 @@ def test_nan_fails(calibrated: Path, monkeypatch: pytest.MonkeyPatch, capsys):
         for found in real(self, backend, feeds)])
     assert main(["check", str(calibrated)]) == 1
     assert "check failed: text." in capsys.readouterr().err
+    assert main(["check", str(calibrated), "--json"]) == 1
+    rows = [row for row in json.loads(capsys.readouterr().out) if row["role"] == "text"]
+    assert [(row["passed"], row["cosine"]) for row in rows] == [(False, None)] * len(rows)

@@ -3,10 +3,12 @@
 import ctypes
 import dataclasses
 import gc
+import json
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from dcformer_deploy.runtime import InputError, load
 from dcformer_deploy.runtime.backends import Options, sampler
 from dcformer_deploy.runtime.backends.device import Device
 from dcformer_deploy.runtime.backends.sampler import SOURCE, Job, Sampler, compile_kernel, plan_task
+from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.errors import InferenceError, MissingDependency
 from dcformer_deploy.runtime.manifest import Preprocessing, TensorInfo
 from dcformer_deploy.runtime.volume import scan_feeds
@@ -158,8 +161,8 @@ def test_it_compiles_for_gpus(architecture: str, tmp_path: Path):
 
 
 def test_from_a_file_to_an_embedding(calibrated: Path, scans: Path, kernels: Any, tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch):
-    """On eight threads, preprocessed on the GPU or not: the same embeddings."""
+                                     monkeypatch: pytest.MonkeyPatch, capsys):
+    """On eight threads, preprocessed on the GPU or not: the same embeddings; `dcformer check` compares inputs, too."""
     pytest.importorskip("tensorrt_rtx")
     bundle = with_engines(calibrated, tmp_path / "bundle")
     install(bundle, monkeypatch).driver.kernels = kernels
@@ -172,3 +175,25 @@ def test_from_a_file_to_an_embedding(calibrated: Path, scans: Path, kernels: Any
         found = list(pool.map(models[1].embed_image, paths * 4))
     for embedding, wanted in zip(found, [*expected] * 4, strict=True):
         np.testing.assert_array_equal(embedding, wanted)
+    arguments = ["check", str(bundle), "--data", str(scans), "--samples", "2", "--json"]
+
+    def checked() -> dict[str, Any]:
+        rows = json.loads(capsys.readouterr().out)
+        return {row["file"]: row for row in rows if row["file"].startswith("preprocessing")}
+
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert {name: row["max_error"] for name, row in checked().items()} == {
+        "preprocessing, float32": 0, "preprocessing, float16": 0}
+    real = kernels.sample_lines
+    monkeypatch.setattr(install(bundle, monkeypatch).driver, "kernels", SimpleNamespace(
+        sample_lines=lambda job, blocks, threads: real(job, blocks // 2, threads)))
+    assert main(arguments) == 1
+    assert [row["passed"] for row in checked().values()] == [False, False]
+
+    def refuse(*_: object) -> bytes:
+        raise MissingDependency("no NVRTC")
+
+    monkeypatch.setattr(sampler, "compile_kernel", refuse)
+    assert main(arguments) == 0
+    assert checked()["preprocessing"]["not_run"] == "no NVRTC"

@@ -226,6 +226,7 @@ def test_the_real_library_has_what_is_called():
         assert callable(getattr(trt.IExecutionContext, name))
     for name in ("create_runtime_config", "create_execution_context"):
         assert callable(getattr(trt.ICudaEngine, name))
+    assert trt.ICudaEngine.device_memory_size_v2 is not None
     for name in ("create_runtime_cache", "set_runtime_cache"):
         assert callable(getattr(trt.IRuntimeConfig, name))
 

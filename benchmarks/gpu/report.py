@@ -1,0 +1,73 @@
+"""A GPU benchmark as people paste it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files import atomic_file
+from ..measure import Report
+from . import GpuReport, Row
+
+COLUMNS = ("", "batch", "median ms", "p95 ms", "p99 ms", "times the first", "scans/s", "times its floor", "own MB",
+           "device MB", "build s", "load ms", "cosine")
+
+
+def cells(row: Row) -> list[str]:
+    """The texts of one row under ``COLUMNS``."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:,.{digits}f}"
+
+    return [row.name, str(row.batch), number(row.median_ms, 2), number(row.p95_ms, 2), number(row.p99_ms, 2),
+            number(row.ratio, 2), number(row.scans_per_s, 1), number(row.to_floor, 1), number(row.own_mb, 0),
+            number(row.device_mb, 0), number(row.build_s, 1), number(row.load_ms, 0), number(row.cosine, 5)]
+
+
+def title(report: GpuReport) -> str:
+    """What was measured, where and when."""
+    size = "x".join(map(str, report.volume_dhw))
+    return f"{report.encoder}, volumes {size}; {report.gpu}; {report.machine}; {report.date}"
+
+
+def markdown(report: GpuReport, processes: Report | None) -> str:
+    """The tables, the floors, and what could not run."""
+    lines = [f"{title(report)}.", "", *_table(COLUMNS, [cells(row) for row in report.rows if row.problem is None])]
+    rates = ", ".join(f"{name} {rate / 1e12:.0f} T/s" for name, rate in report.floors.multiply_adds_per_s.items())
+    lines += ["", "One process, by turns; times between events of the stream, inputs on the device. Floors: a copy on "
+              f"the device moves {report.floors.copy_bytes_per_s / 1e9:,.0f} GB/s; multiply-adds of a matrix product: "
+              f"{rates or 'not measured, as PyTorch has no CUDA here'}; one volume needs "
+              f"{report.multiply_adds / 1e9:.1f} G multiply-adds.", ""]
+    if processes is not None:
+        what = "a preprocessed volume to the embedding" if processes.scan is None else \
+            f"{Path(processes.scan).name} to scores"
+        lines += [f"Each in a process of its own, batch 1, from {what}, the host's time:", "", *_table(
+            ("", "median ms", "p95 ms", "times the first", "cold start ms", "peak RSS MB"),
+            [[c.name, f"{c.median_ms:.1f}", f"{c.p95_ms:.1f}", f"{c.ratio:.2f}", f"{c.cold_start_ms:.0f}",
+              f"{c.peak_rss_mb:.0f}"] for c in processes.contenders]), ""]
+    lines += [f"- {row.name}, batch {row.batch}: {row.problem}" for row in report.rows if row.problem is not None]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(texts)} |" for texts in (columns, ["---"] * len(columns), *rows)]
+
+
+def write_report(report: GpuReport, processes: Report | None, folder: Path) -> list[Path]:
+    """Write ``GPU-ENCODER.md`` and ``.json``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = re.sub("[^a-z0-9]+", "-", report.gpu.split(",")[0].lower().replace("nvidia", "")).strip("-")
+    paths = [folder / f"{device}-{report.encoder}.{suffix}" for suffix in ("md", "json")]
+    with atomic_file(paths[0]) as path:
+        path.write_text(markdown(report, processes), encoding="utf-8")
+    with atomic_file(paths[1]) as path:
+        path.write_text(json.dumps(to_dict(report, processes), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return paths
+
+
+def to_dict(report: GpuReport, processes: Report | None) -> dict[str, Any]:
+    """For JSON."""
+    return {**report.to_dict(), "processes": None if processes is None else processes.to_dict()}

@@ -1,0 +1,169 @@
+"""Benchmarks on a GPU: a faked driver, real engines' records; what is measured is arithmetic that can be checked."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_gpu import FakeTensorRt, install, with_engines
+
+from dcformer_deploy.benchmarks import measure
+from dcformer_deploy.benchmarks.gpu import Floors, contenders, floors, race
+from dcformer_deploy.benchmarks.gpu.clock import Clock
+from dcformer_deploy.benchmarks.gpu.contenders import Work, _Torch, names_of
+from dcformer_deploy.runtime import load
+from dcformer_deploy.runtime.backends.device import Device
+from dcformer_deploy.runtime.bundle import Bundle, open_bundle
+from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.errors import DeviceLost
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def built(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_engines(calibrated, tmp_path_factory.mktemp("engines") / "bundle")
+
+
+@pytest.fixture
+def library(built: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    fake = install(built, monkeypatch)
+    monkeypatch.setattr(floors, "_COPIED", 1 << 20)
+    monkeypatch.setattr(race, "_LEAST_TURNS", 4)
+    return fake
+
+
+class _Sleeper:
+    """Takes a fixed time on its stream, by a clock that only the driver has."""
+
+    def __init__(self, driver: object, stream: int, ms: float) -> None:
+        self._driver, self.stream, self._ms = driver, stream, ms
+
+    def enqueue(self) -> None:
+        self._driver.enqueue(self.stream, lambda: self._driver.sleep(self._ms))  # type: ignore[attr-defined]
+
+
+def test_time_is_between_the_events_of_the_stream(library: FakeTensorRt, monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("fake_gpu.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    driver = library.driver
+    driver.sleep = lambda ms: now.__setitem__(0, now[0] + ms / 1e3)
+    device = Device()
+    clock = Clock(device)
+    work = _Sleeper(driver, driver.cuStreamCreate(0)[1], 7.0)
+    assert clock.time_ms(work) == pytest.approx(7)
+    assert clock.time_ms(work, 4) == pytest.approx(7)
+
+
+def test_race(built: Path, library: FakeTensorRt):
+    bundle = open_bundle(built)
+    names = names_of(bundle)
+    assert names == [*contenders.TORCH, *contenders.ONNXRUNTIME, "tensorrt_rtx-fp16", "tensorrt-fp16"]
+    said = []
+    report = race.race(bundle, None, names, [1, 2], 2, 0, said.append)
+    rows = {(row.name, row.batch): row for row in report.rows}
+    assert len(rows) == len(report.rows) == 2 * len(names)
+    assert all(row.problem for row in report.rows if row.name.startswith("torch"))
+    assert "has no CUDA here" in str(rows["torch-fp32", 1].problem)
+    assert "CUDAExecutionProvider" in str(rows["onnxruntime-cuda-fp16", 1].problem)
+    for batch in (1, 2):
+        first, second = rows["tensorrt_rtx-fp16", batch], rows["tensorrt-fp16", batch]
+        assert first.runs == second.runs == race._LEAST_TURNS * race._REPEATS
+        assert first.ratio == 1
+        assert first.cosine == pytest.approx(1, abs=1e-6)
+        assert second.cosine == pytest.approx(1, abs=1e-6)
+        for row in (first, second):
+            assert row.median_ms is not None and row.p95_ms is not None and row.p99_ms is not None
+            assert 0 < row.median_ms <= row.p95_ms <= row.p99_ms
+            assert row.build_s is not None and row.build_s > 0
+            assert row.floor_ms is not None
+            assert row.to_floor == pytest.approx(row.median_ms / row.floor_ms)
+            assert row.own_mb is not None and row.own_mb > 0
+    assert rows["tensorrt-fp16", 1].device_mb is not None
+    assert "floors" in said
+    # Everything was given back: nothing but what the race's own two clocks need is alive.
+    assert library.driver.blocks == {}
+    assert report.gpu.startswith("NVIDIA H100, compute capability 9.0, 80 GiB")
+
+
+def test_embeddings_are_those_of_the_model(built: Path, library: FakeTensorRt):
+    bundle = open_bundle(built)
+    volumes = race._volumes(bundle, 2)
+    work = Work(bundle, None, volumes, 2)
+    model = load(built, "cuda", backend="tensorrt", precision="fp16")
+    expected = model.image_outputs(volumes, ["image_embedding"])["image_embedding"]
+    with contenders.open_contender("tensorrt-fp16", work) as contender:
+        for _ in range(3):
+            contender.enqueue()
+            np.testing.assert_array_equal(contender.embeddings(), expected)
+    assert library.contexts == 2
+
+
+def test_pytorch_by_itself(built: Path, library: FakeTensorRt, checkpoint: Path):
+    """On the CPU: the same weights as the bundle's, in both dtypes and layouts."""
+    bundle = open_bundle(built)
+    work = Work(bundle, checkpoint, race._volumes(bundle, 1), 2)
+    expected = load(built).image_outputs(work.volumes, ["image_embedding"])["image_embedding"]
+    exact = _Torch("torch-fp32", work, device="cpu").embeddings()
+    np.testing.assert_allclose(exact, expected, atol=1e-5)
+    for name in ("torch-fp16", "torch-fp16-channels-last"):
+        half = _Torch(name, work, device="cpu").embeddings()
+        assert 0.9 < float((half * expected).sum()) < 1.001
+
+
+def test_floors(built: Path):
+    """By hand: the larger of the two times, both growing with the batch; without a rate only bytes count."""
+    bundle = open_bundle(built)
+    graph = bundle.manifest.graph("image", "fp16")
+    assert graph is not None
+    inputs = sum(2 * int(np.prod(info.axes[1:])) for info in graph.inputs)
+    weights = (built / str(graph.weights)).stat().st_size
+    slow_copy = Floors(1e6, {"fp16": 1e15})
+    assert floors.floor_ms(slow_copy, bundle, "fp16", 3, 10**9) == pytest.approx((3 * inputs + weights) / 1e3)
+    slow_products = Floors(1e15, {"fp16": 1e9})
+    assert floors.floor_ms(slow_products, bundle, "fp16", 3, 10**9) == pytest.approx(3000)
+    assert floors.floor_ms(Floors(1e6, {}), bundle, "fp32", 1, 10**9) == pytest.approx(
+        (2 * inputs + (built / "image.fp32.weights").stat().st_size) / 1e3)
+
+
+def test_command(built: Path, library: FakeTensorRt, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Whole processes are not started: they would not have the faked driver."""
+    asked = []
+    monkeypatch.setattr(measure, "measure", lambda entrants, *_: asked.extend(entrants))
+    scan = tmp_path / "a.nii.gz"
+    scan.write_bytes(b"")
+    assert main(["bench", str(built), "--device", "cuda", "--batches", "1", "--seconds", "0", "--out", str(tmp_path),
+                 "--scan", str(scan)]) == 0
+    shown = capsys.readouterr().out
+    assert "not run: torch-fp32, batch 1: " in shown
+    assert [(entrant.name, entrant.job.backend, entrant.job.device, entrant.job.preprocess) for entrant in asked] == [
+        (f"{name}{extra}", name.split("-")[0], "cuda", where) for name in ("tensorrt_rtx-fp16", "tensorrt-fp16")
+        for extra, where in (("", "cpu"), (", preprocessed on the GPU", "gpu"))]
+    document = json.loads((tmp_path / "h100-dcformer-nano.json").read_text())
+    assert {row["name"] for row in document["rows"]} == set(names_of(open_bundle(built)))
+    text = (tmp_path / "h100-dcformer-nano.md").read_text()
+    assert "| tensorrt-fp16 | 1 |" in text
+    assert "- torch-fp32, batch 1: " in text
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--batches", "0"], "--batches '0': expected whole numbers from 1 to 64"),
+    (["--batches", "1,1"], "each once"), (["--against", "torch"], "--device cuda measures a BUNDLE")])
+def test_refusals(built: Path, capsys, options: list[str], message: str):
+    assert main(["bench", str(built), "--device", "cuda", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["bench", str(built), "--batches", "1"]) == 2
+    assert "--batches is for --device cuda" in capsys.readouterr().err
+
+
+def test_without_a_gpu(built: Path, capsys):
+    assert main(["bench", str(built), "--device", "cuda"]) == 3
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_lost_device_ends_it(built: Path, library: FakeTensorRt):
+    bundle: Bundle = open_bundle(built)
+    library.driver.fail["cuMemcpyHtoDAsync"] = type(library.driver).CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(DeviceLost):
+        race.race(bundle, None, ["tensorrt-fp16"], [1], 2, 0)
