@@ -78,7 +78,7 @@ def _race_batch(work: Work, names: Sequence[str], clock: Clock, budget_s: float,
             return list(rows.values())
         times, usual = _take_turns(running, clock, budget_s, lambda name: on_stage(
             f"batch {len(work.volumes)}, {name}"))
-        first = next(name for name in running if np.isfinite(running[name].embeddings()).all())
+        first = next((name for name in running if np.isfinite(running[name].embeddings()).all()), next(iter(running)))
         exact = running[first].embeddings()
         for name, contender in running.items():
             on_stage(f"batch {len(work.volumes)}, {name}: throughput")
