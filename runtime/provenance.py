@@ -19,11 +19,15 @@ class GraphCost:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median latencies of the image tower, batch 1, without and with a rewrite, and where they were measured."""
+    """Best latencies of the image tower, batch 1, without and with a rewrite, and where they were measured.
+
+    ``others``: share of the machine's cores that other programs used meanwhile.
+    """
 
     before_ms: float
     after_ms: float
     where: str
+    others: float = 0.0
 
     @property
     def is_faster(self) -> bool:

@@ -1,14 +1,16 @@
 """Whether a rewrite that is exact anywhere is also faster here: measured once, and remembered.
 
 How fast a form of a convolution is depends on the library, its version and the processor, so no constant decides. Both
-graphs run by turns, and the medians of their latencies are kept in the user's cache folder under a key of all that they
-depend on: operators and shapes of both graphs (not their weights), library and version, processor, threads.
+graphs run by turns, and the best of their latencies are kept in the user's cache folder under a key of all that they
+depend on: operators and shapes of both graphs (not their weights), library and version, processor, threads. What was
+measured while other programs used the machine decides once, and is not remembered.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -28,6 +30,31 @@ from ...runtime.provenance import Timing
 
 #: Measured inferences of each graph, after one that warms up.
 RUNS = 5
+#: Share of all cores that other programs may use meanwhile.
+MOST_OF_OTHERS = 0.1
+
+
+class Activity:
+    """How much of the machine other processes, and other machines on its host, use from now on."""
+
+    def __init__(self) -> None:
+        self._wall, self._own, self._all = time.perf_counter(), time.process_time(), _busy_seconds()
+
+    def of_others(self) -> float:
+        """Share of all cores; 0 where the system does not tell."""
+        wall = (time.perf_counter() - self._wall) * (os.cpu_count() or 1)
+        used = _busy_seconds() - self._all - (time.process_time() - self._own)
+        # The system counts in ticks of 10 ms.
+        return max(0.0, used / wall) if wall > 1 else 0.0
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores were not idle, or taken away by the host, since the system started."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, path.read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 class Stopwatch:
@@ -40,7 +67,7 @@ class Stopwatch:
 
     def __init__(self, options: Options, cache: Path | None = None) -> None:
         self._options = options
-        self._cache = cache or cache_folder() / "timings.json"
+        self._cache = cache or cache_folder() / "best-timings.json"
 
     def compare(self, before: onnx.ModelProto, after: onnx.ModelProto,
                 sides: Mapping[str, int] | None = None) -> Timing:
@@ -58,11 +85,15 @@ class Stopwatch:
             key = f"{where}, {_structure(before)}, {_structure(after)}"
             key += "".join(f", {name} {side}" for name, side in sorted((sides or {}).items()))
             known = self._read()
+            others = 0.0
             if key not in known:
+                activity = Activity()
                 known[key] = _measure(backends, before, sides or {})
-                self._write(known)
+                others = activity.of_others()
+                if others <= MOST_OF_OTHERS:
+                    self._write(known)
         before_ms, after_ms = known[key]
-        return Timing(before_ms, after_ms, where)
+        return Timing(before_ms, after_ms, where, round(others, 2))
 
     def _read(self) -> dict[str, list[float]]:
         if not self._cache.exists():
@@ -90,7 +121,7 @@ def _measure(backends: list[Backend], proto: onnx.ModelProto, sides: Mapping[str
             backends[index].run(feeds, outputs)
             if turn:
                 latencies[index].append((time.perf_counter() - start) * 1e3)
-    return [float(np.median(times)) for times in latencies]
+    return [min(times) for times in latencies]
 
 
 def _filled(value: onnx.ValueInfoProto, sides: Mapping[str, int]) -> NDArray[Any]:

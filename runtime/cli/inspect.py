@@ -71,10 +71,13 @@ def print_rewrites(manifest: Manifest) -> None:
 
 def _note(rewrite: Rewrite) -> str:
     """What was measured, or each reason to leave places alone once, with their number."""
-    if rewrite.matched and (timing := rewrite.measured) is not None:
-        return f"faster, {timing.after_ms:.0f} instead of {timing.before_ms:.0f} ms"
+    timing, disturbed = rewrite.measured, ""
+    if timing is not None and timing.others > 0.1:
+        disturbed = f"; measured while other programs used {timing.others:.0%} of the machine"
+    if rewrite.matched and timing is not None:
+        return f"faster, {timing.after_ms:.0f} instead of {timing.before_ms:.0f} ms{disturbed}"
     counted = Counter(text.split(": ", 1)[1] for text in rewrite.refused)
-    return "; ".join(f"{count} x {reason}" if count > 1 else reason for reason, count in counted.items())
+    return "; ".join(f"{count} x {reason}" if count > 1 else reason for reason, count in counted.items()) + disturbed
 
 
 def _facts(m: Manifest) -> list[tuple[str, str]]:

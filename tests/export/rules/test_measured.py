@@ -1,6 +1,10 @@
 """Choosing by measuring: what is measured, what is remembered, and what is done with it."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +108,31 @@ def test_on_a_real_back_end(tmp_path: Path):
     timing = Stopwatch(Options(threads=1), tmp_path / "t.json").compare(_graph(), _graph())
     assert timing.before_ms > 0 and timing.after_ms > 0
     assert "onnxruntime" in timing.where
+
+
+def test_what_was_disturbed_is_not_remembered(opened: list[_Backend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cache = tmp_path / "t.json"
+    for others, remembered in ((0.5, False), (0.05, True)):
+        monkeypatch.setattr(measured.Activity, "of_others", lambda self, share=others: share)
+        timing = Stopwatch(Options(), cache).compare(_graph(), _graph(width=9))
+        assert timing.others == others
+        assert cache.exists() == remembered
+
+
+def test_activity_of_others(monkeypatch: pytest.MonkeyPatch):
+    """A process that spins for itself is seen, this one's own work is not."""
+    if not Path("/proc/stat").exists():
+        pytest.skip("the system does not tell")
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            time.sleep(0.3)
+            activity = measured.Activity()
+            time.sleep(2)
+            assert activity.of_others() > 0.5 / (os.cpu_count() or 1)
+        finally:
+            other.kill()
+    monkeypatch.setattr(measured, "_busy_seconds", time.process_time)
+    activity, end = measured.Activity(), time.perf_counter() + 1.2
+    while time.perf_counter() < end:
+        pass
+    assert activity.of_others() < 0.01
