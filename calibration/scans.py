@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..benchmarks.evaluation.dataset import Tables, find_scans, has_labels, read_dataset
+from ..benchmarks.evaluation.dataset import Tables, has_labels, read_dataset
 from ..runtime.errors import BundleError, DcformerWarning, InputError
 from ..runtime.manifest import Manifest, Preprocessing
 from ..runtime.volume import ReadOptions, prepare_scan
+from ..runtime.volume.folder import find_scans
 
 
 @dataclass(frozen=True)
