@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -88,6 +89,8 @@ RULES: tuple[Callable[[], Step], ...] = (
 MEASURED = ("stream_planes", "flatten_convolutions")
 #: Key of a node's metadata.
 RULE_TAG = "dcformer_deploy.rewrite"
+#: Graphs of which not many copies should be alive at once.
+_LARGE_BYTES = 256 << 20
 RULE_NAMES = tuple(make().title for make in RULES)
 
 
@@ -106,11 +109,14 @@ def optimize(proto: onnx.ModelProto, without: Collection[str] = (),
     """
     require_rules(without)
     reports = []
-    before = cost_of(proto)
+    before, large = cost_of(proto), proto.ByteSize() > _LARGE_BYTES
     for make in RULES:
         step = make()
         if step.title in without:
             continue
+        if large:  # the last rule's graph holds its weights in cycles of references
+            model = None
+            gc.collect()
         model = ir.from_proto(proto)
         there = set(model.graph)
         names = {value.name for node in there for value in node.outputs}

@@ -6,6 +6,7 @@ import csv
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ..errors import InputError
@@ -32,16 +33,11 @@ def read_metadata(path: str | Path, volume_name: str) -> VolumeMetadata:
     """
     path = Path(path)
     require_file(path, "metadata CSV")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
-                raise InputError(f"{path}: no column {missing[0]}; expected CT-RATE's: {', '.join(_COLUMNS)}")
-            # CT-RATE lists x.nii.gz; the file at hand may have been unpacked to x.nii.
-            names = {volume_name, volume_name + ".gz", volume_name.removesuffix(".gz")}
-            rows = [row for row in reader if row["VolumeName"] in names]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV text file ({error})") from error
+    facts = path.stat()
+    table = _table(path, facts.st_mtime_ns, facts.st_size)
+    # CT-RATE lists x.nii.gz; the file at hand may have been unpacked to x.nii.
+    names = {volume_name, volume_name + ".gz", volume_name.removesuffix(".gz")}
+    rows = [row for name in sorted(names) for row in table.get(name, ())]
     if not rows:
         raise InputError(f"{path}: no row with VolumeName {volume_name!r}")
     if any(row != rows[0] for row in rows):
@@ -55,6 +51,23 @@ def read_metadata(path: str | Path, volume_name: str) -> VolumeMetadata:
         raise InputError(f"{path}: {volume_name}: spacing {x:g} x {y:g} x {z:g} mm, slope {slope:g}; expected positive "
                          "spacing and a slope other than 0")
     return VolumeMetadata((x, y, z), slope, intercept)
+
+
+@lru_cache(maxsize=4)
+def _table(path: Path, changed_ns: int, size: int) -> dict[str, list[dict[str, str]]]:
+    """Rows by volume. Kept, as one table may be asked about fifty thousand scans."""
+    del changed_ns, size  # another table
+    found: dict[str, list[dict[str, str]]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+                raise InputError(f"{path}: no column {missing[0]}; expected CT-RATE's: {', '.join(_COLUMNS)}")
+            for row in reader:
+                found.setdefault(row["VolumeName"], []).append({name: row[name] for name in _COLUMNS})
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV text file ({error})") from error
+    return found
 
 
 def _numbers(path: Path, volume_name: str, row: dict[str, str], column: str, count: int) -> list[float]:
