@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         MissingDependency,
     )
     from .manifest import Manifest
-    from .model import Classification, Model, Prepared, Scores, ZeroShot, load
+    from .model import Model, load
+    from .results import Classification, Prepared, Scores, ZeroShot
 
 __all__ = [
     "BundleError",
@@ -37,7 +38,7 @@ __all__ = [
     "ZeroShot",
     "load",
 ]
-_MODULES = ("errors", "manifest", "model")
+_MODULES = ("errors", "manifest", "results", "model")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,48 +21,13 @@ from .bundle import Bundle, open_bundle
 from .engines import LIBRARIES
 from .errors import BundleError, InputError
 from .manifest import Graph, Manifest, ZeroShotTask
+from .results import Classification, Prepared, ZeroShot
 from .scoring import probabilities
 from .text import Tokenizer
 from .volume import ReadOptions, image_feeds, prepare_scan, read_scan, scan_feeds
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """What an image tower reads of a scan, by input: numpy arrays, or arrays on the GPU."""
-
-    volume: str
-    feeds: dict[str, Any]
-
-
 #: A file to read, a preprocessed volume ``[D, H, W]`` float32, or what ``Model.prepare`` made.
 Scan = str | Path | NDArray[np.float32] | Prepared
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Result of one scan: probability per class, milliseconds per phase.
-
-    Phases: ``read`` the file, ``preprocess``, ``load`` the graph (once per model), ``image`` tower, ``prompts``
-    (once per list of classes), ``score``, and ``total``. An array skips the first two, a detector the last but one two.
-    """
-
-    volume: str
-    scores: dict[str, float]
-    timings_ms: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class ZeroShot(Scores):
-    """Scores by prompts."""
-
-
-@dataclass(frozen=True)
-class Classification(Scores):
-    """Scores of the fine-tuned detector."""
 
 
 def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True,
@@ -135,7 +98,14 @@ class Model:
 
     def prepare(self, scan: Scan, **read_options: Any) -> Prepared:
         """All that is done with a scan before its inference. Raises ``InputError`` as ``embed_image``."""
-        return Prepared(_name(scan), self._feeds(scan, read_options, {}))
+        return self._prepare(scan, read_options, {})
+
+    def embed_batch(self, scans: Sequence[Prepared]) -> NDArray[np.float32]:
+        """Image embeddings ``[n, 512]`` of prepared scans in one inference. Raises ``InferenceError``."""
+        if len(scans) == 1:
+            return self._embed(scans[0].feeds)[None]
+        feeds = {name: np.concatenate([scan.feeds[name] for scan in scans]) for name in scans[0].feeds}
+        return self._graph("image").run(feeds, ["image_embedding"])[0]
 
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
         """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array.
@@ -144,7 +114,7 @@ class Model:
             InputError: a file that cannot be used, or an array that is not a preprocessed volume of the right shape.
             InferenceError: the inference library failed.
         """
-        return self._embed(self._feeds(scan, read_options, {}))
+        return self._embed(self._prepare(scan, read_options, {}).feeds)
 
     def embed_images(self, scans: Iterable[Scan], **read_options: Any) -> NDArray[np.float32]:
         """Image embeddings ``[n, 512]``, the next scan read while one is computed. Raises like ``embed_image``."""
@@ -234,7 +204,7 @@ class Model:
         names = _class_names(classes) if classes is not None else task.classes
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
-            feeds = self._feeds(scan, read_options, timings)
+            feeds = self._prepare(scan, read_options, timings).feeds
             with _timed(timings, "load"):
                 self._graph("image")
             with _timed(timings, "image"):
@@ -274,7 +244,7 @@ class Model:
                               "model); use zero_shot")
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
-            feeds = self._feeds(scan, read_options, timings)
+            feeds = self._prepare(scan, read_options, timings).feeds
             with _timed(timings, "load"):
                 self._graph("image")
             with _timed(timings, "image"):
@@ -283,28 +253,29 @@ class Model:
 
     # ------------------------------------------------------------------ inside
 
-    def _feeds(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float]) -> dict[str, Any]:
-        """What the image tower reads of one scan, by input name: numpy arrays, or arrays on the device."""
+    def _prepare(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float]) -> Prepared:
         inputs = self._info("image").inputs
         if isinstance(scan, np.ndarray | Prepared) and read_options:
             raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
         if isinstance(scan, Prepared):
-            return scan.feeds
+            return scan
         if isinstance(scan, np.ndarray):
             self._require_preprocessed(scan[None])
-            return image_feeds(inputs, scan[None])
+            return Prepared("array", image_feeds(inputs, scan[None]))
         if not isinstance(scan, str | Path):
             raise InputError(f"scan: {type(scan).__name__}; expected a path or a preprocessed array")
         spec = self.manifest.preprocessing
         with _timed(timings, "read"):
             volume = read_scan(scan, spec, ReadOptions(**read_options))
-        if self._options.preprocess == "gpu":
-            backend = self._graph("image")
-            assert isinstance(backend, EngineBackend)  # Options allows it with engines only
-            with _timed(timings, "preprocess"):
-                return backend.preprocess(volume, spec, inputs)
         with _timed(timings, "preprocess"):
-            return scan_feeds(inputs, volume, spec, self._options.thread_count)
+            if self._options.preprocess == "gpu":
+                backend = self._graph("image")
+                assert isinstance(backend, EngineBackend)  # Options allows it with engines only
+                feeds = backend.preprocess(volume, spec, inputs)
+            else:
+                feeds = scan_feeds(inputs, volume, spec, self._options.thread_count)
+        return Prepared(str(scan), feeds, volume.stored.shape, volume.spacing_hwd_mm, volume.orientation,
+                        ", then ".join(map(str, volume.scaling)) or None)
 
     def _embed(self, feeds: dict[str, Any]) -> NDArray[np.float32]:
         return self._graph("image").run(feeds, ["image_embedding"])[0][0]

@@ -36,11 +36,11 @@ def test_only_export_and_dev_bring_torch():
     parser = setup_cfg()
     extras = dict(parser["options.extras_require"])
     assert set(extras) == {"bench", "calibration", "cpu", "cuda", "evaluate", "export", "openvino", "phantom",
-                           "tensorrt", "tensorrt-rtx", "dev"}
-    for name in ("bench", "cpu", "cuda", "evaluate", "openvino", "phantom", "tensorrt", "tensorrt-rtx"):
+                           "store", "tensorrt", "tensorrt-rtx", "dev"}
+    for name in ("bench", "cpu", "cuda", "evaluate", "openvino", "phantom", "store", "tensorrt", "tensorrt-rtx"):
         assert not any(word in extras[name].split() for word in ("torch", "transformers", "onnx"))
     assert "torch" in extras["export"]
-    assert "dcformer-deploy[bench,calibration,cpu,evaluate,export,openvino,phantom]" in extras["dev"]
+    assert "dcformer-deploy[bench,calibration,cpu,evaluate,export,openvino,phantom,store]" in extras["dev"]
     base = {line.split()[0] for line in parser["options"]["install_requires"].strip().splitlines()}
     assert base == {"numpy", "nibabel", "isal", "tokenizers", "dacite", "click", "rich"}
 

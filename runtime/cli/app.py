@@ -25,7 +25,7 @@ from ..errors import DcformerError, DcformerWarning, MissingDependency, install,
 COMMANDS = {
     "export": ("export", "Turn a checkpoint into a bundle and prove that it computes the same."),
     "inspect": ("inspect", "Show what a bundle holds and check that it is intact."),
-    "embed": ("embed", "Write image embeddings of scans to an .npz file."),
+    "embed": ("embed", "Embed scans, few or fifty thousand, into a store that is gone on with after any end."),
     "embed-text": ("embed_text", "Embed texts."),
     "zeroshot": ("zeroshot", "Score scans for 18 chest pathologies, or classes of your own, by text prompts."),
     "classify": ("classify", "Score scans with a fine-tuned detector."),
@@ -42,7 +42,7 @@ COMMANDS = {
 }
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir": "export", "transformers": "export",
-           "safetensors": "export", "onnxruntime": "cpu", "scipy": "phantom", "PIL": "phantom",
+           "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "scipy": "phantom", "PIL": "phantom",
            "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 

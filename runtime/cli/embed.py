@@ -8,33 +8,96 @@ from typing import Any
 import click
 import numpy as np
 
-from ..errors import InputError
+from ..backends.base import Options
+from ..errors import InputError, one_line
 from ..files import atomic_file
-from ..model import load
-from .options import bundle_argument, keep_going_option, model_options, preprocess_option, scan_options, scans_argument
-from .output import announce
+from ..inputs import Item, find_items
+from ..model import Model, load
+from .options import bundle_argument, keep_going_option, model_options, preprocess_option, scan_options
+from .output import Stages, announce, print_json, progress
 from .scans import for_each_scan
+
+_FEW = ".npz"
 
 
 @click.command("embed")
 @bundle_argument
-@scans_argument
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE.npz")
+@click.argument("inputs", metavar="SCAN...", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="STORE",
+              help="A folder of Parquet files, which is gone on with if it is there; or FILE.npz for few scans.")
+@click.option("--split", metavar="NAME", help="'valid' or 'train', where a folder holds both.")
+@click.option("--readers", type=click.IntRange(1, 256), metavar="N",
+              help="Scans that are read at once.  [default: as many as half of the cores]")
+@click.option("--batch", type=click.IntRange(1, 256), metavar="N",
+              help="Scans that are computed at once, at most.  [default: 1 on the CPU, 8 on a GPU]")
+@click.option("--retry", is_flag=True, help="Try again scans that failed before and have not changed.")
 @keep_going_option
+@click.option("--json", "as_json", is_flag=True, help="With STORE: print the figures of the run as JSON.")
 @scan_options
 @model_options
 @preprocess_option
 def command(
-    bundle: Path, scans: tuple[Path, ...], out: Path, keep_going: bool, device: str, threads: int | None,
-    backend: str, precision: str, preprocess: str, no_verify: bool, **read_options: Any,
+    bundle: Path, inputs: tuple[str, ...], out: Path, split: str | None, readers: int | None, batch: int | None,
+    retry: bool, keep_going: bool, as_json: bool, device: str, threads: int | None, backend: str, precision: str,
+    preprocess: str, no_verify: bool, **read_options: Any,
 ) -> int:
-    """Embed each SCAN and write FILE.npz: `embeddings` [n, 512] float32, `volumes` [n], `manifest_sha256`."""
-    if out.suffix != ".npz":
-        raise InputError(f"--out {out}: expected a name ending in .npz")
+    """Embed scans: files, folders, patterns, or CSV and Parquet lists with a column `path`.
+
+    STORE gets a row for each: embedding, zero-shot scores, content hash, how it was read, or its error. An interrupted
+    run goes on where it stopped; what is there and unchanged is skipped. FILE.npz gets `embeddings` [n, 512] float32,
+    `volumes` [n], `manifest_sha256`. Exit code 2 if scans failed.
+    """
+    if out.suffix not in ("", _FEW) and not out.is_dir():
+        raise InputError(f"--out {out}: expected FILE.npz, or the name of a folder, without an ending")
+    given = {name: value for name, value in read_options.items() if value is not None}
     model = load(bundle, device, threads, not no_verify, backend, precision, preprocess)
     announce(model)
+    if out.suffix == _FEW:
+        for option, value in (("--readers", readers), ("--batch", batch), ("--retry", retry or None),
+                              ("--json", as_json or None)):
+            if value is not None:
+                raise InputError(f"{option}: only for a store; --out {out} is one file")
+        return _write_file(model, find_items(inputs, split, given), out, keep_going)
+    from ..pipeline import Pipeline, Settings
+    from ..store import Identity, Store
+
+    items = list({item.path: item for item in find_items(inputs, split, given)}.values())
+    manifest = model.manifest
+    identity = Identity(manifest.digest, manifest.encoder, precision, manifest.embedding_dim,
+                        manifest.zero_shot.classes if manifest.zero_shot else (),
+                        {name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path)
+                         else value for name, value in given.items()})
+    cores = Options(threads=threads).thread_count
+    most = batch or (8 if device == "cuda" else 1)
+    settings = Settings(readers or max(1, cores // 2), most, 2 * most)
+    with Store(out, identity) as store, progress(len(items)) as display:
+        report = Pipeline(model, store, settings, retry, lambda path, error: _told(display, path, error)).run(items)
+    if as_json:
+        print_json({"embedded": report.embedded, "copied": report.copied, "failed": report.failed,
+                    "skipped": report.skipped, "seconds": report.seconds, "scans_per_s": report.scans_per_s,
+                    "limit": report.limit,
+                    "stages": [{"name": stage.name, "workers": stage.workers, "busy": stage.busy}
+                               for stage in report.stages]})
+    else:
+        busy = ", ".join(f"{stage.name} {stage.busy:.0%} of {stage.workers}" for stage in report.stages)
+        click.echo(f"{out}: {report.embedded} embedded, {report.copied} with the same content as another, "
+                   f"{report.skipped} there already, {report.failed} failed; {report.scans_per_s:.2f} scans/s; busy: "
+                   f"{busy}")
+    return 2 if report.failed else 0
+
+
+def _told(display: Stages, path: Path, error: str | None) -> None:
+    display.stage(path.name)
+    display.advance()
+    if error is not None:
+        click.echo(f"error: {one_line(error)}", err=True)
+
+
+def _write_file(model: Model, items: list[Item], out: Path, keep_going: bool) -> int:
+    options = {item.path: item.options for item in items}
+    scans = [item.path for item in items]
     with atomic_file(out) as temporary:  # first of all, so that a place that cannot be written is found out at once
-        results = for_each_scan(scans, keep_going, model.embed_image, lambda scan: model.prepare(scan, **read_options))
+        results = for_each_scan(scans, keep_going, model.embed_image, lambda scan: model.prepare(scan, **options[scan]))
         embedded = [(str(scan), result) for scan, result in zip(scans, results, strict=True)
                     if not isinstance(result, InputError)]
         if not embedded:

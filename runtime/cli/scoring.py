@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from ..model import Model, Scores
+from ..model import Model
+from ..results import Scores
 from .output import announce, print_json, print_table
 from .scans import for_each_scan
 

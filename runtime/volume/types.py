@@ -23,6 +23,9 @@ class LinearMap:
         """True where applying the map changes nothing."""
         return self.slope == 1.0 and self.intercept == 0.0
 
+    def __str__(self) -> str:
+        return f"{self.slope:g} * v {'-' if self.intercept < 0 else '+'} {abs(self.intercept):g}"
+
 
 @dataclass(frozen=True)
 class Volume:

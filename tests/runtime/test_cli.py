@@ -163,7 +163,7 @@ def test_usage_errors(capsys, pristine_bundle: Path):
     refuse(capsys, "--fast", "zeroshot", pristine_bundle, "a.nii", "--fast")
     refuse(capsys, "SCAN", "zeroshot", pristine_bundle)
     refuse(capsys, "no such bundle", "zeroshot", "/nowhere", "a.nii")
-    refuse(capsys, "expected a name ending in .npz", "embed", pristine_bundle, "a.nii", "--out", "e.txt")
+    refuse(capsys, "--out e.txt: expected FILE.npz, or", "embed", pristine_bundle, "a.nii", "--out", "e.txt")
 
 
 @pytest.mark.parametrize("make", [

@@ -1,0 +1,98 @@
+"""From what a user names to the scans that are meant: files, folders, patterns, lists."""
+
+from __future__ import annotations
+
+import csv
+import glob
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .files import require_file
+from .volume.folder import find_scans
+
+#: Columns of a list that may hold the path.
+PATH_COLUMNS = ("path", "volume", "file")
+_LISTS = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A scan to embed, and how to read it."""
+
+    path: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_items(inputs: Iterable[str | Path], split: str | None, options: Mapping[str, Any]) -> list[Item]:
+    """Scans in the order in which they are named, as often as they are; paths absolute.
+
+    Args:
+        inputs: scans; folders, in CT-RATE's layout or any other; patterns with ``*``; CSV or Parquet files with a
+            column ``path``, relative to the list's own folder.
+        split: "valid" or "train", where a folder in CT-RATE's layout holds both.
+        options: how to read every scan, as in ``Model.preprocess``; on top of what a folder's table of metadata says.
+
+    Raises:
+        InputError: nothing there, a list without a column of paths, a folder without scans.
+    """
+    found = []
+    for given in inputs:
+        for path, metadata in _expand(str(given), split):
+            own = {} if metadata is None else {"metadata": metadata}
+            found.append(Item(path.absolute(), {**own, **options}))
+    if not found:
+        raise InputError("no scan in what was given")
+    return found
+
+
+def _expand(given: str, split: str | None) -> Iterator[tuple[Path, Path | None]]:
+    path = Path(given)
+    if path.is_dir():
+        yield from find_scans(path, split)
+    elif path.suffix.lower() in _LISTS:
+        yield from ((entry, None) for entry in _read_list(path))
+    elif not path.exists() and glob.has_magic(given):
+        matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 (of any path, absolute ones too)
+        if not matches:
+            raise InputError(f"{given}: no file matches this pattern")
+        for match in matches:
+            yield from _expand(match, split) if Path(match).is_dir() else [(Path(match), None)]
+    else:
+        # One that is not there is a failed scan of its own, as is one that cannot be read.
+        yield path, None
+
+
+def _read_list(path: Path) -> list[Path]:
+    require_file(path, "list of scans")
+    if path.suffix.lower() == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            names = pq.read_schema(path).names
+            column = _path_column(path, names)
+            values = pq.read_table(path, columns=[column]).column(column).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: not a Parquet file, or damaged") from error
+    else:
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                column = _path_column(path, reader.fieldnames or ())
+                values = [row[column] for row in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: not a CSV text file ({error})") from error
+    if empty := next((index for index, value in enumerate(values, 1) if not isinstance(value, str) or not value), None):
+        raise InputError(f"{path}: row {empty}: no path in column {column}")
+    return [path.parent / value for value in values]
+
+
+def _path_column(path: Path, names: Iterable[str]) -> str:
+    names = list(names)
+    for column in PATH_COLUMNS:
+        if column in names:
+            return column
+    raise InputError(f"{path}: columns {', '.join(names) or 'none'}; expected one named {', '.join(PATH_COLUMNS)}")

@@ -1,0 +1,207 @@
+"""A folder of Parquet parts: written whole or not at all, by one program at a time, and gone on with after any end.
+
+``store.json`` says whose results these are. A part is written under a temporary name, flushed to disk, then renamed, so
+whatever ends the program leaves whole parts, and at most a temporary file that the next start removes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import DcformerWarning, InputError
+from ..files import atomic_folder
+from .rows import Entry, Identity, schema, table
+
+FORMAT = "dcformer-deploy store 1"
+INFO_NAME = "store.json"
+_LOCK_NAME = "lock"
+_PART = re.compile(r"part-(\d{6,})\.parquet")
+_TEMPORARY = ".tmp"
+#: A part is written after so many rows, or so many seconds.
+PART_ROWS, PART_SECONDS = 512, 30.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a store knows of a file: ``entry`` has no embedding; it is read when it is wanted."""
+
+    bytes: int
+    changed_ns: int
+    sha256: str | None
+    failed: bool
+
+
+class Store:
+    """A store that is open for writing; a context manager.
+
+    ``known``: by path, the last row of each. ``contents``: by sha256 of a file's content, the part and row where its
+    embedding lies.
+
+    Raises:
+        InputError: not a store, of another identity, or in use by another program.
+    """
+
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        self.folder, self._identity = folder, identity
+        self._waiting: list[Entry] = []
+        self._since = time.monotonic()
+        if not folder.exists():
+            with atomic_folder(folder) as new:
+                (new / INFO_NAME).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(identity)}, indent=2))
+        _require_same(folder, identity)
+        self._lock = _lock(folder)
+        try:
+            for leftover in folder.glob(f"*{_TEMPORARY}"):
+                leftover.unlink()
+            self.known: dict[str, Known] = {}
+            self.contents: dict[str, tuple[Path, int]] = {}
+            self._next = 0
+            for part in parts(folder):
+                self._next = int(part.stem.split("-")[1]) + 1
+                self._take(part)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _take(self, part: Path) -> None:
+        """Learn what a part holds; one that cannot be read is set aside."""
+        try:
+            rows = pq.read_table(part, columns=["path", "bytes", "changed_ns", "sha256", "error"], memory_map=False)
+        except (pa.ArrowException, OSError) as error:
+            aside = part.with_suffix(".damaged")
+            part.rename(aside)
+            warnings.warn(f"{part}: damaged ({error}); renamed to {aside.name}, its scans are embedded again",
+                          DcformerWarning, stacklevel=4)
+            return
+        for index, row in enumerate(rows.to_pylist()):
+            failed = row["error"] is not None
+            self.known[row["path"]] = Known(row["bytes"], row["changed_ns"], row["sha256"], failed)
+            if not failed and row["sha256"] is not None:
+                self.contents[row["sha256"]] = (part, index)
+
+    def same_content(self, sha256: str) -> Entry | None:
+        """The row of another file with the same content."""
+        for entry in self._waiting:
+            if entry.sha256 == sha256 and entry.error is None:
+                return entry
+        if sha256 not in self.contents:
+            return None
+        part, index = self.contents[sha256]
+        row = pq.read_table(part).slice(index, 1)
+        values = row.to_pylist()[0]
+        vectors = {name: row.column(name).combine_chunks().flatten().to_numpy() if values[name] is not None else None
+                   for name in ("embedding", "scores")}
+        return Entry(**{**values, **vectors})
+
+    def append(self, entry: Entry) -> None:
+        """Add a row; it is on disk once its part is full, or half a minute old, or the store is closed."""
+        self._waiting.append(entry)
+        if len(self._waiting) >= PART_ROWS or time.monotonic() - self._since > PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, as a part."""
+        if not self._waiting:
+            return
+        path = self.folder / f"part-{self._next:06d}.parquet"
+        temporary = path.with_suffix(_TEMPORARY)
+        try:
+            pq.write_table(table(self._waiting, self._identity), temporary, compression="zstd")
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            _sync_folder(self.folder)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some space, then start "
+                             "again: what is finished is kept") from error
+        for index, entry in enumerate(self._waiting):
+            self.known[entry.path] = Known(entry.bytes, entry.changed_ns, entry.sha256, entry.error is not None)
+            if entry.error is None and entry.sha256 is not None:
+                self.contents[entry.sha256] = (path, index)
+        self._waiting, self._since, self._next = [], time.monotonic(), self._next + 1
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        try:
+            self.flush()
+        finally:
+            os.close(self._lock)
+
+
+def parts(folder: Path) -> list[Path]:
+    """Parts in the order in which they were written."""
+    return sorted((path for path in folder.iterdir() if _PART.fullmatch(path.name)),
+                  key=lambda path: int(path.stem.split("-")[1]))
+
+
+def read_info(folder: Path) -> Identity:
+    """Whose results a store holds.
+
+    Raises:
+        InputError: not a store, or of another version.
+    """
+    try:
+        content = json.loads((folder / INFO_NAME).read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError
+        return Identity(**{**content, "classes": tuple(content["classes"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: not a store of this version (no usable {INFO_NAME}); `dcformer embed --out` makes "
+                         "one") from error
+
+
+def read_store(folder: Path) -> pa.Table:
+    """All rows, the last of each path, failed ones included; columns as ``Entry``, with the identity as metadata.
+
+    Raises:
+        InputError: not a store.
+    """
+    identity = read_info(folder)
+    whole = pa.concat_tables([schema(identity).empty_table(), *(pq.read_table(part) for part in parts(folder))])
+    last = {path: index for index, path in enumerate(whole.column("path").to_pylist())}
+    found = whole.take(pa.array(sorted(last.values()), pa.int64()))
+    return found.replace_schema_metadata({"dcformer": json.dumps(dataclasses.asdict(identity))})
+
+
+def _require_same(folder: Path, identity: Identity) -> None:
+    there = dataclasses.asdict(read_info(folder))
+    for name, value in json.loads(json.dumps(dataclasses.asdict(identity))).items():
+        if list(there[name]) != value if isinstance(value, list) else there[name] != value:
+            raise InputError(f"{folder}: a store of other results: its {name} is {there[name]!r}, not {value!r}; "
+                             "choose another --out")
+
+
+def _lock(folder: Path) -> int:
+    """Held until it is closed, or the program ends in whatever way."""
+    lock = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise InputError(f"{folder}: another program writes to it; wait for its end, or choose another --out"
+                         ) from error
+    return lock
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

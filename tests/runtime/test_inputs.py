@@ -1,0 +1,69 @@
+"""What a user names, and the scans that are meant."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dcformer_deploy.runtime import InputError
+from dcformer_deploy.runtime.inputs import find_items
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("a/valid_2_a_1.nii.gz", "a/valid_10_a_1.nii.gz", "b/train_1_a_1.nii"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "data" / "metadata.csv").write_text(
+        "VolumeName,XYSpacing,ZSpacing,RescaleSlope,RescaleIntercept\nvalid_2_a_1.nii.gz,\"[1, 1]\",1,1,0\n")
+    return tmp_path / "data"
+
+
+def _names(*inputs: object, split: str | None = None, **options: object) -> list[str]:
+    return [item.path.name for item in find_items([str(value) for value in inputs], split, options)]
+
+
+def test_folders_patterns_and_files(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    assert _names(tree, split="valid") == ["valid_2_a_1.nii.gz", "valid_10_a_1.nii.gz"]
+    assert _names(tree / "a" / "*10*", tree / "a") == [
+        "valid_10_a_1.nii.gz", "valid_2_a_1.nii.gz", "valid_10_a_1.nii.gz"]
+    assert _names(tree / "**" / "*.nii") == ["train_1_a_1.nii"]
+    monkeypatch.chdir(tree)
+    (item,) = find_items(["b/train_1_a_1.nii"], None, {"slope": 2.0})
+    assert (item.path, item.options) == (tree / "b" / "train_1_a_1.nii", {"slope": 2.0})
+    assert _names("gone.nii.gz") == ["gone.nii.gz"]  # a failed scan, not the end of all
+
+
+def test_metadata_of_a_folder_is_used_where_it_has_the_scan(tree: Path):
+    found = {item.path.name: item.options for item in find_items([tree], "valid", {})}
+    assert found == {"valid_2_a_1.nii.gz": {"metadata": tree / "metadata.csv"}, "valid_10_a_1.nii.gz": {}}
+
+
+def test_lists(tree: Path):
+    (tree / "l.csv").write_text("id,path\n1,a/valid_2_a_1.nii.gz\n2,b/train_1_a_1.nii\n")
+    pq.write_table(pa.table({"volume": ["a/valid_2_a_1.nii.gz", "b/train_1_a_1.nii"]}), tree / "l.parquet")
+    for name in ("l.csv", "l.parquet"):
+        assert _names(tree / name) == ["valid_2_a_1.nii.gz", "train_1_a_1.nii"]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("l.csv", b"id\n1\n", "columns id; expected one named path, volume, file"), ("l.csv", b"", "columns none"),
+    ("l.csv", b"path\na.nii\n\"\"\n", "row 2: no path in column path"), ("l.csv", b"path\n\xff\n", "not a CSV text"),
+    ("l.parquet", b"PAR1", "not a Parquet file, or damaged"), ("none.csv", None, "no such list of scans")])
+def test_unusable_lists(tree: Path, name: str, content: bytes | None, message: str):
+    if content is not None:
+        (tree / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        _names(tree / name)
+
+
+def test_nothing_there(tree: Path):
+    with pytest.raises(InputError, match="no file matches this pattern"):
+        _names(tree / "*.dcm")
+    (tree / "empty").mkdir()
+    with pytest.raises(InputError, match="no .nii or .nii.gz volume below it"):
+        _names(tree / "empty")
+    with pytest.raises(InputError, match="holds volumes of train, valid; choose with --split"):
+        _names(tree)

@@ -1,0 +1,179 @@
+"""Many scans: the answers of one at a time, in bounded memory, gone on with after any end, also the hardest."""
+
+import gzip
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcformer_deploy.runtime import InferenceError, Model, load
+from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.inputs import Item
+from dcformer_deploy.runtime.pipeline import Pipeline, Settings
+from dcformer_deploy.runtime.results import Prepared
+from dcformer_deploy.runtime.store import Identity, Store, read_store
+
+
+@pytest.fixture
+def folder(scans: Path, tmp_path: Path) -> Path:
+    """Four scans, one of them twice, one that is none."""
+    out = Path(shutil.copytree(scans, tmp_path / "scans"))
+    shutil.copy(out / "a.nii.gz", out / "e.nii.gz")
+    (out / "f.nii.gz").write_bytes(b"no gzip")
+    return out
+
+
+def _run(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> dict:
+    assert main(["embed", *map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def _counts(report: dict) -> tuple[int, ...]:
+    return tuple(report[name] for name in ("embedded", "copied", "failed", "skipped"))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_are_the_answers_of_one_scan_at_a_time(pristine_bundle: Path, folder: Path, tmp_path: Path, capsys,
+                                                    batch: int):
+    store = tmp_path / "s"
+    report = _run(capsys, 2, pristine_bundle, folder, "--out", store, "--readers", 2, "--batch", batch)
+    assert sum(_counts(report)) == 6
+    assert report["failed"] == 1
+    assert {stage["name"] for stage in report["stages"]} == {"reading", "inference", "writing"}
+    assert all(0 <= stage["busy"] <= 1.01 for stage in report["stages"])
+    model, table = load(pristine_bundle), read_store(store)
+    rows = {Path(row["path"]).name: row for row in table.to_pylist()}
+    assert "f.nii.gz" in rows["f.nii.gz"]["error"]
+    for path in sorted(folder.iterdir())[:-1]:
+        row = rows[path.name]
+        np.testing.assert_allclose(row["embedding"], model.embed_image(path), atol=2e-6)
+        np.testing.assert_allclose(row["scores"], list(model.zero_shot(path).scores.values()), atol=2e-6)
+        assert (row["orientation"], row["bytes"]) == ("LPS", path.stat().st_size)
+        assert len(row["shape_hwd"]) == len(row["spacing_hwd_mm"]) == 3
+    assert json.loads(table.schema.metadata[b"dcformer"])["manifest_sha256"] == model.manifest.digest
+
+
+def test_again_only_what_is_new_or_changed(pristine_bundle: Path, folder: Path, tmp_path: Path, capsys):
+    arguments = (pristine_bundle, folder, "--out", tmp_path / "s", "--readers", 1)
+    assert _counts(_run(capsys, 2, *arguments))[2:] == (1, 0)
+    assert _counts(_run(capsys, 0, *arguments)) == (0, 0, 0, 6)
+    assert _counts(_run(capsys, 2, *arguments, "--retry")) == (0, 0, 1, 5)
+    shutil.copy(folder / "b.nii.gz", folder / "f.nii.gz")  # mended: the content of another, which is not computed again
+    assert _counts(_run(capsys, 0, *arguments)) == (0, 1, 0, 5)
+    (folder / "a.nii.gz").touch()  # not changed but in its time
+    assert _counts(_run(capsys, 0, *arguments)) == (0, 1, 0, 5)
+    rows = {Path(row["path"]).name: row for row in read_store(tmp_path / "s").to_pylist()}
+    assert len(rows) == 6
+    assert rows["f.nii.gz"]["embedding"] == rows["b.nii.gz"]["embedding"]
+    assert main(["embed", str(pristine_bundle), str(folder), "--out", str(tmp_path / "s"), "--slope", "2"]) == 2
+    assert "a store of other results: its options is {}" in capsys.readouterr().err
+
+
+class _Slow(Model):
+    """Counts scans that were read and not yet computed."""
+
+    def __init__(self, bundle: Path, delay: float = 0.0) -> None:
+        real = load(bundle)
+        super().__init__(real._bundle, real._options)
+        self.delay, self.alive, self.most, self.lock = delay, 0, 0, threading.Lock()
+
+    def prepare(self, scan: object, **_: object) -> Prepared:
+        with self.lock:
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+        return Prepared(str(scan), {})
+
+    def embed_batch(self, scans: object) -> np.ndarray:
+        time.sleep(self.delay)
+        with self.lock:
+            self.alive -= len(scans)  # type: ignore[arg-type]
+        rows = np.ones((len(scans), 512), np.float32)  # type: ignore[arg-type]
+        return rows / np.sqrt(np.float32(512))
+
+
+def _identity(model: Model) -> Identity:
+    manifest = model.manifest
+    assert manifest.zero_shot is not None
+    return Identity(manifest.digest, manifest.encoder, "fp32", 512, manifest.zero_shot.classes, {})
+
+
+def _items(folder: Path, count: int) -> list[Item]:
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{index}.nii.gz" for index in range(count)]
+    for index, path in enumerate(paths):
+        path.write_bytes(index.to_bytes(4, "little"))
+    return [Item(path) for path in paths]
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_scans_in_memory_do_not_grow_with_their_number(pristine_bundle: Path, tmp_path: Path, count: int):
+    model = _Slow(pristine_bundle, delay=0.002)
+    with Store(tmp_path / "s", _identity(model)) as store:
+        report = Pipeline(model, store, Settings(3, 2, 4)).run(_items(tmp_path / "f", count))
+    assert report.embedded == count
+    assert model.most <= 3 + 4
+    assert report.limit == "inference"
+    assert len(read_store(tmp_path / "s")) == count
+
+
+def test_a_model_that_fails_ends_it_and_keeps_what_is_finished(pristine_bundle: Path, tmp_path: Path):
+    model = _Slow(pristine_bundle)
+    computed = []
+
+    def fail_later(scans: list[Prepared]) -> np.ndarray:
+        if len(computed) == 5:
+            raise InferenceError("out of memory")
+        computed.append(scans)
+        return np.full((len(scans), 512), np.float32(512) ** -0.5, np.float32)
+
+    model.embed_batch = fail_later  # type: ignore[method-assign]
+    items = _items(tmp_path / "f", 9)
+    with pytest.raises(InferenceError, match="out of memory .batch of 1; what was finished before is in the store"), \
+            Store(tmp_path / "s", _identity(model)) as store:
+        Pipeline(model, store, Settings()).run(items)
+    assert len(read_store(tmp_path / "s")) == 5
+
+
+def test_embeddings_that_are_no_numbers_are_failures(pristine_bundle: Path, tmp_path: Path):
+    model = _Slow(pristine_bundle)
+    model.embed_batch = lambda scans: np.full((len(scans), 512), np.nan, np.float32)  # type: ignore[method-assign]
+    with Store(tmp_path / "s", _identity(model)) as store:
+        report = Pipeline(model, store, Settings()).run(_items(tmp_path / "f", 1))
+    assert (report.embedded, report.failed) == (0, 1)
+    assert "NaN" in read_store(tmp_path / "s").to_pylist()[0]["error"]
+
+
+def test_killed_at_any_time(pristine_bundle: Path, scans: Path, tmp_path: Path):
+    """kill -9, again and again at random: no part is ever damaged, nothing finished is lost, and it comes to an end."""
+    folder, store = tmp_path / "many", tmp_path / "s"
+    folder.mkdir()
+    content = (scans / "a.nii.gz").read_bytes()
+    for index in range(40):  # an empty gzip member behind the first: another content, the same scan
+        (folder / f"{index}.nii.gz").write_bytes(content + gzip.compress(b"", mtime=index))
+    script = ("import sys; from dcformer_deploy.runtime.store import store; store.PART_ROWS = 3; "
+              "from dcformer_deploy.runtime.cli.app import main; sys.exit(main(sys.argv[1:]))")
+    command = [sys.executable, "-c", script, "embed", str(pristine_bundle), str(folder), "--out", str(store)]
+    choose, finished = random.Random(0), 0
+    for _ in range(12):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                process.wait(choose.uniform(0.6, 1.6))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+        if store.exists():
+            now = len(read_store(store))
+            assert now >= finished
+            finished = now
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    rows = read_store(store).to_pylist()
+    assert {Path(row["path"]).name for row in rows} == {f"{index}.nii.gz" for index in range(40)}
+    assert all(row["error"] is None and row["embedding"] == rows[0]["embedding"] for row in rows)
+    assert not list(store.glob("*.tmp")) and not list(store.glob("*.damaged"))

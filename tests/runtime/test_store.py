@@ -1,0 +1,131 @@
+"""The store: what is written is read, parts are whole, others' results and other writers are refused."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dcformer_deploy.runtime import InputError
+from dcformer_deploy.runtime.errors import DcformerWarning
+from dcformer_deploy.runtime.store import Entry, Identity, Store, read_store
+from dcformer_deploy.runtime.store import store as module
+
+IDENTITY = Identity("a" * 64, "dcformer-nano", "fp32", 4, ("Emphysema", "Atelectasis"), {"slope": 2.0})
+
+
+def _entry(index: int, **changes: object) -> Entry:
+    rng = np.random.default_rng(index)
+    entry = Entry(f"/scans/{index}.nii.gz", 10 + index, 20 + index, f"{index:064x}",
+                  rng.random(4, np.float32), rng.random(2, np.float32), None, (5, 6, 7), (0.5, 0.5, 1.5), "LPS",
+                  "1 * v - 1024")
+    return dataclasses.replace(entry, **changes)
+
+
+def test_rows_survive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "PART_ROWS", 3)
+    entries = [*map(_entry, range(7)), Entry("/scans/bad.nii.gz", 1, 2, error="not gzip")]
+    with Store(tmp_path / "s", IDENTITY) as store:
+        for entry in entries:
+            store.append(entry)
+    assert [path.name for path in module.parts(tmp_path / "s")] == [f"part-{i:06d}.parquet" for i in range(3)]
+    rows = read_store(tmp_path / "s").to_pylist()
+    assert [row["path"] for row in rows] == [entry.path for entry in entries]
+    for row, entry in zip(rows, entries, strict=True):
+        for name, value in dataclasses.asdict(entry).items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(np.array(row[name], np.float32), value)
+            else:
+                assert row[name] == (list(value) if isinstance(value, tuple) else value)
+    with Store(tmp_path / "s", IDENTITY) as store:
+        assert store.known["/scans/3.nii.gz"] == module.Known(13, 23, f"{3:064x}", failed=False)
+        assert store.known["/scans/bad.nii.gz"].failed
+        found = store.same_content(f"{5:064x}")
+        assert found is not None
+        np.testing.assert_array_equal(found.embedding, entries[5].embedding)
+        np.testing.assert_array_equal(found.scores, entries[5].scores)
+        assert store.same_content("0" * 64 + "1") is None
+
+
+def test_the_last_row_of_a_path_counts(tmp_path: Path):
+    with Store(tmp_path / "s", IDENTITY) as store:
+        store.append(_entry(1, error="failed", embedding=None, scores=None))
+    with Store(tmp_path / "s", IDENTITY) as store:
+        store.append(_entry(2))
+        store.append(_entry(1))
+    rows = read_store(tmp_path / "s").to_pylist()
+    assert [(row["path"][7], row["error"]) for row in rows] == [("2", None), ("1", None)]
+    assert len(pq.read_table(module.parts(tmp_path / "s")[0])) == 1
+
+
+@pytest.mark.parametrize(("changes", "field"), [
+    ({"manifest_sha256": "b" * 64}, "manifest_sha256"), ({"precision": "fp16"}, "precision"),
+    ({"classes": ("Emphysema",)}, "classes"), ({"options": {}}, "options")])
+def test_results_of_another_identity_are_refused(tmp_path: Path, changes: dict, field: str):
+    with Store(tmp_path / "s", IDENTITY):
+        pass
+    with pytest.raises(InputError, match=f"a store of other results: its {field} is .*choose another --out"):
+        Store(tmp_path / "s", dataclasses.replace(IDENTITY, **changes))
+
+
+def test_what_is_no_store(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "folder"):
+        with pytest.raises(InputError, match="not a store of this version"):
+            Store(tmp_path / name, IDENTITY)
+    (tmp_path / "folder" / "store.json").write_text('{"format": "dcformer-deploy store 0"}')
+    with pytest.raises(InputError, match="not a store of this version"):
+        read_store(tmp_path / "folder")
+
+
+def test_one_writer_at_a_time(tmp_path: Path):
+    """Another process; its death, however sudden, lets the next one in."""
+    with Store(tmp_path / "s", IDENTITY):
+        pass
+    code = ("import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDWR); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print('locked', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "s" / "lock"], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(InputError, match="another program writes to it"):
+            Store(tmp_path / "s", IDENTITY)
+        other.kill()
+    with Store(tmp_path / "s", IDENTITY) as store:
+        assert store.known == {}
+
+
+def test_leftovers_go_and_damaged_parts_are_set_aside(tmp_path: Path):
+    for index in range(3):
+        with Store(tmp_path / "s", IDENTITY) as store:
+            store.append(_entry(index))
+    (tmp_path / "s" / "part-000003.tmp").write_bytes(b"half a part")
+    part = tmp_path / "s" / "part-000001.parquet"
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.warns(DcformerWarning, match="part-000001.parquet: damaged .*renamed to part-000001.damaged"), \
+            Store(tmp_path / "s", IDENTITY) as store:
+        assert set(store.known) == {"/scans/0.nii.gz", "/scans/2.nii.gz"}
+        store.append(_entry(1))
+    assert not (tmp_path / "s" / "part-000003.tmp").exists()
+    assert {row["path"] for row in read_store(tmp_path / "s").to_pylist()} == {f"/scans/{i}.nii.gz" for i in range(3)}
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(table: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    store = Store(tmp_path / "s", IDENTITY)
+    store.append(_entry(0))
+    store.flush()
+    store.append(_entry(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.pq, "write_table", full)
+        with pytest.raises(InputError, match=r"part-000001.parquet: cannot be written \(No space left on device\)"):
+            store.flush()
+    assert sorted(path.suffix for path in (tmp_path / "s").iterdir()) == ["", ".json", ".parquet"]
+    store.flush()  # space again: nothing was lost
+    assert len(read_store(tmp_path / "s")) == 2
