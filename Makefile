@@ -62,20 +62,24 @@ retention: $(READY)
 
 # On a machine with a GPU: engines of the demo model and all of them against fp32 and, at the published size, beside
 # PyTorch, ONNX Runtime and the GPU's own limits. Exit code 1 if one is wrong, 3 if engines do not run on this GPU; what
-# does is measured all the same. GPU_RESULTS: where to write.
+# does is measured all the same. GPU_RESULTS: where to write. GPU_BUILD: options of `dcformer build`, such as
+# --engine-library tensorrt, where that is installed. ONNX Runtime's CUDA is measured where onnxruntime-gpu is installed
+# instead of onnxruntime.
 GPU_RESULTS ?= benchmarks/results
+GPU_BUILD ?=
 gpu-check: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'cuda-python[all]'
 	$(BIN)/dcformer phantom --n 4 --seed 500 --out demo/gpu/scans --force
 	$(BIN)/dcformer export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/gpu/bundle --force
 	$(BIN)/dcformer calibrate demo/gpu/bundle --data demo/gpu/scans --samples 4 --precision fp16,bf16,int8
-	$(BIN)/dcformer build demo/gpu/bundle --precision fp32,fp16,bf16,int8
 	$(BIN)/dcformer phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/clinical --force
 	$(BIN)/dcformer export --encoder dcformer-nano --random-weights 0 --out demo/gpu/nano --force
 	$(BIN)/dcformer calibrate demo/gpu/nano --data demo/clinical --samples 1 --precision fp16,bf16,int8
-	$(BIN)/dcformer build demo/gpu/nano --precision fp32,fp16,bf16,int8
-	$(BIN)/dcformer check demo/gpu/bundle --data demo/gpu/scans --samples 4 --require-engines; checked=$$?; \
-	$(BIN)/dcformer bench demo/gpu/nano --device cuda --scan $(CLINICAL) --out $(GPU_RESULTS) && exit $$checked
+	failed=0; for precision in fp32 fp16 bf16 int8; do for bundle in bundle nano; do \
+	  $(BIN)/dcformer build demo/gpu/$$bundle --precision $$precision $(GPU_BUILD) || failed=1; done; done; \
+	$(BIN)/dcformer check demo/gpu/bundle --data demo/gpu/scans --samples 4 --require-engines || failed=$$?; \
+	$(BIN)/dcformer bench demo/gpu/nano --device cuda --scan $(CLINICAL) --batches 1,4,8 --seconds 8 --runs 3 \
+	  --out $(GPU_RESULTS) && exit $$failed
 
 # Two processes: most of a test is Python, on one core.
 test: $(READY)

@@ -15,7 +15,7 @@ from ..runtime.backends import Options, open_graph
 from ..runtime.bundle import Bundle, copy_files, open_bundle, record_file, require_unchanged, write_manifest
 from ..runtime.cli.output import Stages
 from ..runtime.engines import GPU_TARGET, engine_records
-from ..runtime.errors import CheckFailed, InputError
+from ..runtime.errors import CheckFailed, InputError, MissingDependency
 from ..runtime.files import atomic_folder
 from ..runtime.manifest import ANY_TARGET, MANIFEST_NAME, Graph, Manifest
 from ..runtime.provenance import Conversion
@@ -217,8 +217,12 @@ def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path,
     notes.append(f"for {GPU_TARGET}: FP16 where it is not INT8")
     for form in bundle.manifest.graphs:
         if form.role == "image" and form.precision == "fp32" and form.target != ANY_TARGET:
-            graph, decided = _int8_for(bundle, form, limits, choice, weights.moved(image, load_graph(bundle, form)),
-                                       found.proto, folder, file)
+            try:
+                graph, decided = _int8_for(bundle, form, limits, choice, weights.moved(image, load_graph(bundle, form)),
+                                           found.proto, folder, file)
+            except MissingDependency:
+                notes.append(f"for {form.target}: nothing of its own, as it is not installed here to be measured")
+                continue
             if graph is not None:
                 graphs.append(graph)
                 notes += [f"for {form.target}: {name}: depthwise and faster in INT8" for name in sorted(decided)]

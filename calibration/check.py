@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from ..runtime.backends.device import Device
 from ..runtime.backends.sampler import Sampler
 from ..runtime.bundle import Bundle
 from ..runtime.engines import GPU_TARGET, EngineRecord, engine_records
-from ..runtime.errors import DcformerError, EngineRefused, InputError
+from ..runtime.errors import DcformerError, EngineRefused, InferenceError, InputError
 from ..runtime.gpu import current_gpu
-from ..runtime.manifest import ANY_TARGET, Graph
+from ..runtime.manifest import ANY_TARGET, Graph, Preprocessing
 from ..runtime.volume import ReadOptions, image_feeds, read_scan, scan_feeds
 from .calibrate import load_graph
 from .emulate import EmulatedBackend
@@ -221,8 +222,8 @@ def _check_engine(bundle: Bundle, record: EngineRecord, reference: _Reference, o
     if graph is None:
         return dataclasses.replace(row, not_run=f"built from {record.onnx}, which is no longer in the bundle")
     try:
-        backend = TensorRtBackend(bundle, record.role, wanted, record=record)
-        found = reference.run(backend, reference.feeds(graph))
+        with contextlib.closing(TensorRtBackend(bundle, record.role, wanted, record=record)) as backend:
+            found = reference.run(backend, reference.feeds(graph))
     except (DcformerError, ImportError) as error:
         return dataclasses.replace(row, not_run=str(error))
     return reference.compare(dataclasses.replace(row, back_end=backend.describe()), found, least)
@@ -239,22 +240,29 @@ def check_preprocessing(bundle: Bundle, scans: Sequence[Scan], options: Options)
         sampler = Sampler(Device(), gpu.compute_capability)
     except DcformerError as error:
         return [Row("preprocessing", "image", "fp32", gpu.name, not_run=str(error))]
-    rows = []
-    for graph in {graph.inputs[0].dtype: graph for graph in bundle.manifest.graphs if graph.role == "image"}.values():
-        signal, noise, largest = 0.0, 0.0, 0.0
-        for scan in scans:
-            volume = read_scan(scan.path, spec, ReadOptions(**scan.options))
-            expected = scan_feeds(graph.inputs, volume, spec, options.thread_count)
-            for name, array in sampler.feeds(volume, spec, graph.inputs).items():
-                found = sampler.fetch(array).astype(np.float32)
-                exact = expected[name].astype(np.float32)
-                signal, noise = signal + energy(exact), noise + energy(exact, found)
-                largest = float(np.maximum(largest, np.abs(found - exact).max()))  # NaN stays NaN
-        rows.append(Row(
-            f"preprocessing, {graph.inputs[0].dtype}", "image", graph.precision, f"{gpu.name}, {len(scans)} scans",
-            signal_to_noise_db(signal, noise), None, None, largest, None,
-            () if largest <= LARGEST_PREPROCESSING_ERROR else (f"differs by {largest:.1e}",)))
+    rows, by_dtype = [], {graph.inputs[0].dtype: graph for graph in bundle.manifest.graphs if graph.role == "image"}
+    for dtype, graph in by_dtype.items():
+        row = Row(f"preprocessing, {dtype}", "image", graph.precision, f"{gpu.name}, {len(scans)} scans")
+        try:
+            rows.append(_compare_inputs(row, graph, sampler, scans, spec, options))
+        except InferenceError as error:
+            rows.append(dataclasses.replace(row, not_run=str(error)))
     return rows
+
+
+def _compare_inputs(row: Row, graph: Graph, sampler: Sampler, scans: Sequence[Scan], spec: Preprocessing,
+                    options: Options) -> Row:
+    signal, noise, largest = 0.0, 0.0, 0.0
+    for scan in scans:
+        volume = read_scan(scan.path, spec, ReadOptions(**scan.options))
+        expected = scan_feeds(graph.inputs, volume, spec, options.thread_count)
+        for name, array in sampler.feeds(volume, spec, graph.inputs).items():
+            found = sampler.fetch(array).astype(np.float32)
+            exact = expected[name].astype(np.float32)
+            signal, noise = signal + energy(exact), noise + energy(exact, found)
+            largest = float(np.maximum(largest, np.abs(found - exact).max()))  # NaN stays NaN
+    failures = () if largest <= LARGEST_PREPROCESSING_ERROR else (f"differs by {largest:.1e}",)
+    return dataclasses.replace(row, sqnr_db=signal_to_noise_db(signal, noise), max_error=largest, failures=failures)
 
 
 def random_volumes(bundle: Bundle, count: int, seed: int = 0) -> list[NDArray[np.float32]]:

@@ -164,6 +164,7 @@ class FakeTensorRt:
         engines: by the engine's bytes: its record, and the graph that it was built from.
     """
 
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=2)
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
 
     class ILogger:

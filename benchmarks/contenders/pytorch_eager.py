@@ -41,6 +41,7 @@ class _Eager:
         self._torch, self._device = torch, job.device
         if job.device == "cuda" and not torch.cuda.is_available():
             raise DeviceUnavailable(f"PyTorch {torch.__version__} has no CUDA here")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         manifest = open_bundle(job.bundle, verify=False).manifest
         clip, weights = build_clip(manifest, Path(job.checkpoint) if job.checkpoint else None)
         self._clip = clip.to(job.device)

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,20 @@ from ...export.complexity import count
 from ...export.registry import get_encoder
 from ...runtime.backends.device import Device
 from ...runtime.bundle import Bundle
-from ...runtime.errors import DcformerError, DeviceLost, one_line
+from ...runtime.errors import DeviceLost, one_line
 from ...runtime.gpu import current_gpu
 from ...runtime.machine import machine
+from ...runtime.provenance import ANY_TARGET
 from . import Floors, GpuReport, Row
 from .clock import Clock
-from .contenders import Contender, Work, open_contender
+from .contenders import Contender, Work, let_go, open_contender
 from .floors import floor_ms, measure_floors
 
 #: Runs of one turn, so that the GPU's clock does not fall between them; turns at least and at most.
-_REPEATS, _LEAST_TURNS, _MOST_TURNS = 5, 20, 60
+_REPEATS, _LEAST_TURNS, _MOST_TURNS = 5, 20, 120
+_LEAST_FOR_P99 = 500
+#: How long inferences follow upon each other for the throughput.
+_SUSTAINED_MS = 1e3
 _SEED = 0
 
 
@@ -39,7 +44,6 @@ def race(bundle: Bundle, checkpoint: Path | None, names: Sequence[str], batches:
 
     Raises:
         DeviceUnavailable: no GPU.
-        DeviceLost: it failed for good; nothing more can be measured in this process.
     """
     gpu = current_gpu()
     device = Device()
@@ -50,10 +54,17 @@ def race(bundle: Bundle, checkpoint: Path | None, names: Sequence[str], batches:
     manifest = bundle.manifest
     multiply_adds = count(get_encoder(manifest.encoder), manifest.input_size).multiply_accumulates
     rows: list[Row] = []
+    lost = None
     for batch in batches:
-        volumes = _volumes(bundle, batch)
-        rows += _race_batch(Work(bundle, checkpoint, volumes, threads), names, clock, budget_s, on_stage)
-    finished = tuple(_with_floor(row, floors, bundle, multiply_adds) for row in rows)
+        if lost is None:
+            work = Work(bundle, checkpoint, _volumes(bundle, batch), threads)
+            try:
+                rows += _race_batch(work, names, clock, budget_s, on_stage)
+                continue
+            except DeviceLost as error:  # what was finished before is still worth having
+                lost = one_line(str(error))
+        rows += [Row(name, batch, problem=lost) for name in names]
+    finished = tuple(_with_floor(row, floors, bundle, _least_multiply_adds(bundle, multiply_adds)) for row in rows)
     return GpuReport(datetime.date.today().isoformat(), machine(),
                      f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 2**30:.0f} GiB",
                      manifest.encoder, manifest.preprocessing.shape_dhw, multiply_adds, floors, finished)
@@ -76,35 +87,49 @@ def _race_batch(work: Work, names: Sequence[str], clock: Clock, budget_s: float,
                 running[name] = contender
         if not running:
             return list(rows.values())
-        times, usual = _take_turns(running, clock, budget_s, lambda name: on_stage(
+        problems: dict[str, str] = {}
+        times, usual = _take_turns(running, problems, clock, budget_s, lambda name: on_stage(
             f"batch {len(work.volumes)}, {name}"))
-        first = next((name for name in running if np.isfinite(running[name].embeddings()).all()), next(iter(running)))
-        exact = running[first].embeddings()
-        for name, contender in running.items():
+        found: dict[str, tuple[NDArray[np.float32], float]] = {}
+        for name, contender in list(running.items()):
             on_stage(f"batch {len(work.volumes)}, {name}: throughput")
-            sustained = clock.time_ms(contender, max(3, round(1e3 / usual[name])))
-            found = contender.embeddings()
-            if not np.isfinite(found).all():
-                rows[name] = dataclasses.replace(rows[name], problem="its embeddings hold NaN or infinite values")
+            try:
+                sustained = clock.time_ms(contender, max(3, round(_SUSTAINED_MS / usual[name])))
+                embeddings = contender.embeddings()
+            except DeviceLost:
+                raise
+            except Exception as error:
+                problems[name] = _told(error)
                 continue
+            if np.isfinite(embeddings).all():
+                found[name] = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), sustained
+            else:
+                problems[name] = "its embeddings hold NaN or infinite values"
+        for name, problem in problems.items():
+            rows[name] = dataclasses.replace(rows[name], problem=problem)
+        first = next(iter(found), None)
+        for name, (embeddings, sustained) in found.items():
+            assert first is not None
             rows[name] = dataclasses.replace(
                 rows[name], runs=len(times[name]), median_ms=float(np.median(times[name])),
-                p95_ms=float(np.percentile(times[name], 95)), p99_ms=float(np.percentile(times[name], 99)),
+                p95_ms=float(np.percentile(times[name], 95)),
+                p99_ms=float(np.percentile(times[name], 99)) if len(times[name]) >= _LEAST_FOR_P99 else None,
                 scans_per_s=len(work.volumes) / sustained * 1e3,
                 ratio=float(np.median(np.array(times[first]) / np.array(times[name]))),
-                cosine=float((exact * found).sum(axis=1).min()))
+                cosine=float((found[first][0] * embeddings).sum(axis=1).min()))
     return list(rows.values())
 
 
 def _load(name: str, work: Work, clock: Clock, stack: contextlib.ExitStack) -> tuple[Row, Contender | None]:
+    let_go()
     free, start = clock.free_bytes(), time.perf_counter()
     row = Row(name, len(work.volumes))
     try:
         contender = stack.enter_context(open_contender(name, work))
     except DeviceLost:
         raise
-    except (DcformerError, ImportError, RuntimeError) as error:  # PyTorch's and ONNX Runtime's own
-        return dataclasses.replace(row, problem=one_line(f"{error}")[:500]), None
+    except Exception as error:  # ONNX Runtime's and PyTorch's own have no common base
+        return dataclasses.replace(row, problem=_told(error)), None
     own = contender.own_bytes()
     return dataclasses.replace(
         row, precision=contender.precision, description=contender.describe(), build_s=contender.build_s,
@@ -112,19 +137,48 @@ def _load(name: str, work: Work, clock: Clock, stack: contextlib.ExitStack) -> t
         device_mb=(free - clock.free_bytes()) / 2**20), contender
 
 
-def _take_turns(running: dict[str, Contender], clock: Clock, budget_s: float,
+def _told(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")[:500]
+
+
+def _take_turns(running: dict[str, Contender], problems: dict[str, str], clock: Clock, budget_s: float,
                 on_turn: Callable[[str], None]) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Milliseconds by contender, and what each usually takes."""
-    for contender in running.values():
-        clock.time_ms(contender, 3)
-    usual = {name: max(clock.time_ms(contender, 2), 1e-3) for name, contender in running.items()}
-    turns = int(np.clip(budget_s * 1e3 / (_REPEATS * sum(usual.values())), _LEAST_TURNS, _MOST_TURNS))
+    """Milliseconds by contender, and what each usually takes; one that fails goes from the running to the problems."""
+    usual: dict[str, float] = {}
     times: dict[str, list[float]] = {name: [] for name in running}
-    for turn in range(turns):
-        for name in running if turn % 2 else reversed(running):
-            on_turn(f"{name}: {turn + 1} of {turns}")
-            times[name] += [clock.time_ms(running[name]) for _ in range(_REPEATS)]
+
+    def guarded(name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            problems[name] = _told(error)
+            del running[name]
+
+    def warm(name: str) -> None:
+        clock.time_ms(running[name], 3)
+        usual[name] = max(clock.time_ms(running[name], 2), 1e-3)
+
+    def turn(name: str) -> None:
+        clock.time_ms(running[name])  # what ran before has left other things in the caches: not counted
+        times[name] += [clock.time_ms(running[name]) for _ in range(_REPEATS)]
+
+    for name in list(running):
+        guarded(name, partial(warm, name))
+    total = sum(usual[name] for name in running) * (_REPEATS + 1)
+    turns = int(np.clip(budget_s * 1e3 / max(total, 1e-3), _LEAST_TURNS, _MOST_TURNS))
+    for index in range(turns):
+        for name in list(running) if index % 2 else list(reversed(running)):
+            on_turn(f"{name}: {index + 1} of {turns}")
+            guarded(name, partial(turn, name))
     return times, usual
+
+
+def _least_multiply_adds(bundle: Bundle, counted: int) -> int:
+    """Of the rewritten graph, which computes the same with fewer; the encoder's own where nothing was rewritten."""
+    rewritten = [rewrite.after.multiply_adds for rewrite in bundle.manifest.rewrites if rewrite.target == ANY_TARGET]
+    return rewritten[-1] if rewritten else counted
 
 
 def _with_floor(row: Row, floors: Floors, bundle: Bundle, multiply_adds: int) -> Row:

@@ -6,7 +6,9 @@ for); on a GPU not yet.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,8 @@ _FATAL = ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED", "CUDA_ERROR_
           "CUDA_ERROR_ASSERT", "CUDA_ERROR_DEINITIALIZED")
 #: Every tensor begins at a multiple of this; TensorRT asks for 256.
 ALIGNMENT = 256
+#: One for all devices of a process: back ends of one bundle have a ``Device`` each, in one context.
+_RECORDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Device:
     def __init__(self, index: int = 0, driver: Any = None) -> None:
         self._driver = driver or import_driver()
         self._lost: str | None = None
+        #: Held while a stream is recorded: waiting for the whole context would then be an error, and spoil the record.
+        self.recording = _RECORDING
         self.call("cuInit", 0)
         self._device = self.call("cuDeviceGet", index)
         self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
@@ -86,6 +92,11 @@ class Device:
     def use(self) -> None:
         """Make the context that of the calling thread."""
         self.call("cuCtxSetCurrent", self._context)
+
+    def synchronize(self) -> None:
+        """Wait for everything in the context, also of other libraries."""
+        with self.recording:
+            self.call("cuCtxSynchronize")
 
     def free(self, kind: str, handle: Any) -> None:
         """Give something back; a lost device has nothing left to free."""
@@ -126,13 +137,15 @@ class Stream:
         """Record what ``work`` enqueues, without doing it; returns what ``replay`` wants."""
         # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on with their own streams meanwhile.
         mode = self._device._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._device.call("cuStreamBeginCapture", self._stream, mode)
-        try:
-            work()
-        except BaseException:
-            self._device.call("cuStreamEndCapture", self._stream)
-            raise
-        graph = self._device.call("cuStreamEndCapture", self._stream)
+        with self._device.recording:
+            self._device.call("cuStreamBeginCapture", self._stream, mode)
+            try:
+                work()
+            except BaseException:
+                with contextlib.suppress(InferenceError):  # the record is spoilt; why is in the first error
+                    self._device.call("cuStreamEndCapture", self._stream)
+                raise
+            graph = self._device.call("cuStreamEndCapture", self._stream)
         try:
             return self._device.call("cuGraphInstantiate", graph, 0)
         finally:

@@ -113,6 +113,8 @@ class TensorRtBackend:
         self._device.use()
         with self._slot() as slot:
             slot.run(inputs, self._shapes.outputs)
+            if self._compiled is not None:
+                self._compiled.keep()
             yield slot
 
     @property
@@ -169,6 +171,9 @@ class _Compiled:
             f"{record.sha256[:20]}-{gpu.compute_capability}-{record.version}.cache")
         self.config = engine.create_runtime_config()
         self.config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # By default the first runs of a shape use a slower kernel, while a thread compiles the one for that shape.
+        self.config.dynamic_shapes_kernel_specialization_strategy = (
+            library.module.DynamicShapesKernelSpecializationStrategy.EAGER)
         self._cache = self.config.create_runtime_cache()
         if self._path.exists():
             self._cache.deserialize(self._path.read_bytes())
@@ -276,7 +281,7 @@ class _Slot:
                 addresses[name] = self._memory.address(name)
                 uploads[name] = array.nbytes
         if len(uploads) < len(inputs):
-            self._device.call("cuCtxSynchronize")  # whoever made the arrays may still be writing them
+            self._device.synchronize()  # whoever made the arrays may still be writing them
         bound = tuple(sorted((name, addresses[name], tuple(array.shape)) for name, array in inputs.items()))
         if bound == self._bound:
             return uploads

@@ -31,7 +31,7 @@ def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: P
               seconds: float, out: Path | None, as_json: bool) -> None:
     """Engines beside PyTorch and ONNX Runtime on the GPU; then whole processes, for cold start and host latency."""
     from ...benchmarks.entrants import Field, gpu_entrants
-    from ...benchmarks.gpu.contenders import names_of
+    from ...benchmarks.gpu.contenders import let_go, names_of
     from ...benchmarks.gpu.race import race
     from ...benchmarks.gpu.report import COLUMNS, cells, title, to_dict, write_report
     from ...benchmarks.measure import measure
@@ -43,6 +43,9 @@ def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: P
         require_writable_folder(out)
     with progress() as display:
         report = race(opened, checkpoint, names_of(opened), batches, threads, seconds, display.stage)
+        if out is not None:
+            write_report(report, None, out)  # kept, should a process fail below
+        let_go()
         able = [row.name for row in report.rows if row.problem is None and row.batch == batches[0]]
         entrants = gpu_entrants(able, Field(bundle, checkpoint, threads, scan))
         processes = measure(entrants, report.encoder, report.volume_dhw, runs, display.stage) if entrants else None
