@@ -10,6 +10,7 @@ from adjustText import adjust_text
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from ..runtime.cli.output import markdown_table
 from ..runtime.files import atomic_file
 from .survey import EncoderMeasurement, Survey, pareto_front
 
@@ -41,12 +42,11 @@ def title(survey: Survey) -> str:
 def markdown(survey: Survey) -> str:
     """A table with its caption and what the columns mean."""
     front = {row.encoder for row in pareto_front(survey.encoders)}
-    lines = [f"{title(survey)}.", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in survey.encoders:
-        texts = cells(row)
-        if row.encoder in front:
+    rows = [cells(row) for row in survey.encoders]
+    for texts in rows:
+        if texts[0] in front:
             texts[0] = f"**{texts[0]}**"
-        lines.append("| " + " | ".join(texts) + " |")
+    lines = [f"{title(survey)}.", "", *markdown_table(COLUMNS, rows)]
     lines += ["", f"Medians over {survey.rounds} rounds, each encoder in a process of its own. GFLOPs are "
               "multiply-accumulates as published, at the volume stated; parameters are the encoder's alone. F1: "
               "published, zero-shot, at 512x512x256 with the published weights. Bold: no other encoder is both faster "

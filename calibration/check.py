@@ -53,7 +53,7 @@ LEAST = {
 #: TransUNet, whose softmax is nearly an argmax. Others agree to 2e-6.
 _OWN_ERROR = 1e-5
 LEAST_OF_NOISY = {"fp32": Least(70, 0.99999, 0.9), "fp16": Least(15, 0.9999, 0.5), "bf16": Least(7, 0.999, 0.25),
-                      "int8": Least(4, 0.99, 0.1)}
+                  "int8": Least(4, 0.99, 0.1)}
 #: What an engine may add to the noise of the file that it was built from, and noise that is never too much of its own.
 _ADDED_DB = 6.0
 _OWN_DB = {"fp32": 80.0, "fp16": 60.0, "bf16": 45.0, "int8": 45.0}

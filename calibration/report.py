@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..runtime.cli.output import markdown_table
 from ..runtime.files import atomic_file
 from .retention import Kept, Retention
 
@@ -39,17 +39,18 @@ def title(found: Retention) -> str:
 
 def markdown(found: Retention, layers: int = 10) -> str:
     """Tables with what the columns mean, and the noisiest activations."""
-    lines = [f"{title(found)}.", "", *table(COLUMNS, [cells(name, kept) for name, kept in found.precisions.items()])]
+    rows = [cells(name, kept) for name, kept in found.precisions.items()]
+    lines = [f"{title(found)}.", "", *markdown_table(COLUMNS, rows)]
     lines += ["", "AUROC: less that of fp32, with the 95 % interval of the paired bootstrap over scans."]
     lines += [f"{name}: {kept.backend}." for name, kept in found.precisions.items()]
     classes = next((list(kept.auroc_delta) for kept in found.precisions.values() if kept.auroc_delta), [])
     if classes:
         rows = [[finding, *(_estimate(kept, finding) for kept in found.precisions.values())] for finding in classes]
-        lines += ["", *table(("AUROC less fp32's", *found.precisions), rows)]
+        lines += ["", *markdown_table(("AUROC less fp32's", *found.precisions), rows)]
     for name, kept in found.precisions.items():
         if kept.layers:
             rows = [[entry.activation, entry.operator, f"{entry.sqnr_db:.1f}"] for entry in kept.layers[:layers]]
-            lines += ["", *table((f"noisiest activations, {name}", "made by", "SQNR, dB"), rows)]
+            lines += ["", *markdown_table((f"noisiest activations, {name}", "made by", "SQNR, dB"), rows)]
     lines += ["", *(f"Left out: {text}" for text in found.failed)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -60,12 +61,6 @@ def _estimate(kept: Kept, finding: str) -> str:
         return "not defined"
     interval = f" [{estimate.low:+.4f}, {estimate.high:+.4f}]" if estimate.low is not None else ""
     return f"{estimate.value:+.4f}{interval}"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    header, *lines = ("| " + " | ".join(row) + " |" for row in (columns, *rows))
-    return [header, "|---" * len(columns) + "|", *lines]
 
 
 def write_report(found: Retention, folder: Path) -> list[Path]:

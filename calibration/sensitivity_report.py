@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..runtime.cli.output import markdown_table
 from ..runtime.files import atomic_file
-from .report import table
 from .sensitivity import Damage, Sensitivity, Step
 
 COLUMNS = ("layer alone in INT8", "multiply-adds", "cosine", "features, SQNR dB")
@@ -29,8 +29,9 @@ def write_report(found: Sensitivity, folder: Path) -> list[Path]:
     """Write ``sensitivity.md``, ``.json`` and ``.png`` in ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"sensitivity.{suffix}" for suffix in ("md", "json", "png")]
-    lines = [f"{found.scans} scans.", "", *table(COLUMNS, [cells(damage) for damage in found.layers]), "",
-             f"The most INT8 with a {found.promise}:", "", *table(STEP_COLUMNS, [step_cells(s) for s in found.steps])]
+    lines = [f"{found.scans} scans.", "", *markdown_table(COLUMNS, [cells(damage) for damage in found.layers]), "",
+             f"The most INT8 with a {found.promise}:", "",
+             *markdown_table(STEP_COLUMNS, [step_cells(step) for step in found.steps])]
     with atomic_file(paths[0]) as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with atomic_file(paths[1]) as path:

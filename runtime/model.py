@@ -96,14 +96,28 @@ class Model:
         options = ReadOptions(spacing, slope, intercept, orientation, metadata)
         return prepare_scan(path, self.manifest.preprocessing, options, self._options.thread_count)
 
-    def prepare(self, scan: Scan, **read_options: Any) -> Prepared:
-        """All that is done with a scan before its inference. Raises ``InputError`` as ``embed_image``."""
-        return self._prepare(scan, read_options, {})
+    def prepare(self, scan: Scan, threads: int | None = None, **read_options: Any) -> Prepared:
+        """All that is done with a scan before its inference. Raises ``InputError`` as ``embed_image``.
+
+        Args:
+            threads: that preprocess it; None = those of the model.
+        """
+        return self._prepare(scan, read_options, {}, threads)
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Of ``embed_batch``; None where there is no limit but memory."""
+        backend = self._graph("image")
+        return backend.largest_batch if isinstance(backend, EngineBackend) else None
 
     def embed_batch(self, scans: Sequence[Prepared]) -> NDArray[np.float32]:
-        """Image embeddings ``[n, 512]`` of prepared scans in one inference. Raises ``InferenceError``."""
-        if len(scans) == 1:
-            return self._embed(scans[0].feeds)[None]
+        """Image embeddings ``[n, 512]`` of prepared scans, in one inference unless they lie on the GPU.
+
+        Raises:
+            InferenceError: the inference library failed.
+        """
+        if len(scans) == 1 or not all(isinstance(array, np.ndarray) for array in scans[0].feeds.values()):
+            return np.stack([self._embed(scan.feeds) for scan in scans])
         feeds = {name: np.concatenate([scan.feeds[name] for scan in scans]) for name in scans[0].feeds}
         return self._graph("image").run(feeds, ["image_embedding"])[0]
 
@@ -253,7 +267,8 @@ class Model:
 
     # ------------------------------------------------------------------ inside
 
-    def _prepare(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float]) -> Prepared:
+    def _prepare(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float],
+                 threads: int | None = None) -> Prepared:
         inputs = self._info("image").inputs
         if isinstance(scan, np.ndarray | Prepared) and read_options:
             raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
@@ -273,7 +288,7 @@ class Model:
                 assert isinstance(backend, EngineBackend)  # Options allows it with engines only
                 feeds = backend.preprocess(volume, spec, inputs)
             else:
-                feeds = scan_feeds(inputs, volume, spec, self._options.thread_count)
+                feeds = scan_feeds(inputs, volume, spec, threads or self._options.thread_count)
         return Prepared(str(scan), feeds, volume.stored.shape, volume.spacing_hwd_mm, volume.orientation,
                         ", then ".join(map(str, volume.scaling)) or None)
 

@@ -27,9 +27,14 @@ from .store import Entry, Store
 
 @dataclass(frozen=True)
 class Settings:
-    """``readers``: threads that read. ``batch``: largest of an inference. ``waiting``: scans that may wait for it."""
+    """How much at once.
+
+    ``readers``: scans that are read. ``threads``: that each of these is preprocessed with. ``batch``: largest of an
+    inference. ``waiting``: scans that may wait for it.
+    """
 
     readers: int = 1
+    threads: int = 1
     batch: int = 1
     waiting: int = 4
 
@@ -190,7 +195,7 @@ class Pipeline:
                 same = None if self._options_matter(item) else self._store.same_content(digest)
             if same is not None:
                 return _Read(replace(same, path=row.path, bytes=row.bytes, changed_ns=row.changed_ns))
-            prepared = self._model.prepare(item.path, **item.options)
+            prepared = self._model.prepare(item.path, self._settings.threads, **item.options)
             if _facts(item.path) != facts:
                 raise InputError(f"{item.path}: changed while it was read; embed it again")
         except BundleError:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 #: A graph that is good anywhere; other targets are names of back ends.
 ANY_TARGET = "any"
+#: Share of all cores that other programs may use while something is measured.
+MOST_OF_OTHERS = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Timing:
     after_ms: float
     where: str
     others: float = 0.0
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other programs used so much that another measurement may decide otherwise."""
+        return self.others > MOST_OF_OTHERS
 
     @property
     def is_faster(self) -> bool:

@@ -91,3 +91,12 @@ def calibrated(pristine_bundle: Path, scans: Path, tmp_path_factory: pytest.Temp
     assert main(["calibrate", str(out), "--data", str(scans), "--samples", "3", "--method", "minmax",
                  "--depthwise", "never", "--precision", "fp16,bf16,int8"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def built(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibrated bundle with engines, as ``fake_gpu.with_engines`` makes it; not to be changed."""
+    pytest.importorskip("tensorrt_rtx")
+    from fake_gpu import with_engines
+
+    return with_engines(calibrated, tmp_path_factory.mktemp("engines") / "bundle")

@@ -82,12 +82,13 @@ def open_contender(name: str, work: Work) -> Iterator[Contender]:
     """Load one, with its inputs on the device and one inference done.
 
     Raises:
-        DcformerError, ImportError, RuntimeError: it cannot run here.
+        Exception: it cannot run here; PyTorch's and ONNX Runtime's own have no common base.
     """
     if name in TORCH:
         yield _Torch(name, work)
     elif name in ONNXRUNTIME:
-        yield _OnnxRuntime(name, work)
+        with contextlib.closing(_OnnxRuntime(name, work)) as contender:
+            yield contender
     else:
         library, precision = name.rsplit("-", 1)
         if library not in LIBRARIES:
@@ -132,7 +133,7 @@ class _Torch:
         if device == "cuda" and not torch.cuda.is_available():
             raise DeviceUnavailable(f"PyTorch {torch.__version__} has no CUDA here")
         kind, layout, compiled = TORCH[name]
-        self._torch, self._device = torch, device
+        self._torch = torch
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True  # engines search for the best kernels, too
         self._before = torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -214,6 +215,10 @@ class _OnnxRuntime:
     def own_bytes(self) -> int:
         """Its arena does not tell."""
         return 0
+
+    def close(self) -> None:
+        del self._binding, self._session
+        self._stream.close()
 
     def describe(self) -> str:
         return self._description

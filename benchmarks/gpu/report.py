@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...runtime.cli.output import markdown_table
 from ...runtime.files import atomic_file
-from ..measure import Report
+from ..measure import Measurement, Report
 from . import GpuReport, Row
 
 COLUMNS = ("", "batch", "median ms", "p95 ms", "p99 ms", "times the first", "scans/s", "times its floor", "own MB",
            "device MB", "build s", "load ms", "cosine")
+PROCESS_COLUMNS = ("", "median ms", "p95 ms", "times the first", "cold start ms", "peak RSS MB")
+
+
+def process_cells(measured: Measurement) -> list[str]:
+    """The texts of one row under ``PROCESS_COLUMNS``."""
+    return [measured.name, f"{measured.median_ms:.1f}", f"{measured.p95_ms:.1f}", f"{measured.ratio:.2f}",
+            f"{measured.cold_start_ms:.0f}", f"{measured.peak_rss_mb:.0f}"]
 
 
 def cells(row: Row) -> list[str]:
@@ -35,7 +42,8 @@ def title(report: GpuReport) -> str:
 
 def markdown(report: GpuReport, processes: Report | None) -> str:
     """The tables, the floors, and what could not run."""
-    lines = [f"{title(report)}.", "", *_table(COLUMNS, [cells(row) for row in report.rows if row.problem is None])]
+    ran = [cells(row) for row in report.rows if row.problem is None]
+    lines = [f"{title(report)}.", "", *markdown_table(COLUMNS, ran)]
     rates = ", ".join(f"{name} {rate / 1e12:.0f} T/s" for name, rate in report.floors.multiply_adds_per_s.items())
     lines += ["", "One process, by turns; times between events of the stream, inputs on the device. Floors: a copy on "
               f"the device moves {report.floors.copy_bytes_per_s / 1e9:,.0f} GB/s; multiply-adds of a matrix product: "
@@ -44,16 +52,10 @@ def markdown(report: GpuReport, processes: Report | None) -> str:
     if processes is not None:
         what = "a preprocessed volume to the embedding" if processes.scan is None else \
             f"{Path(processes.scan).name} to scores"
-        lines += [f"Each in a process of its own, batch 1, from {what}, the host's time:", "", *_table(
-            ("", "median ms", "p95 ms", "times the first", "cold start ms", "peak RSS MB"),
-            [[c.name, f"{c.median_ms:.1f}", f"{c.p95_ms:.1f}", f"{c.ratio:.2f}", f"{c.cold_start_ms:.0f}",
-              f"{c.peak_rss_mb:.0f}"] for c in processes.contenders]), ""]
+        lines += [f"Each in a process of its own, batch 1, from {what}, the host's time:", "", *markdown_table(
+            PROCESS_COLUMNS, [process_cells(measured) for measured in processes.contenders]), ""]
     lines += [f"- {row.name}, batch {row.batch}: {row.problem}" for row in report.rows if row.problem is not None]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(texts)} |" for texts in (columns, ["---"] * len(columns), *rows)]
 
 
 def write_report(report: GpuReport, processes: Report | None, folder: Path) -> list[Path]:

@@ -89,7 +89,10 @@ class Backend(Protocol):
 
 @runtime_checkable
 class EngineBackend(Backend, Protocol):
-    """One that can also make its inputs on the GPU."""
+    """One that can also make its inputs on the GPU. ``largest_batch``: of an inference."""
+
+    @property
+    def largest_batch(self) -> int: ...  # noqa: D102
 
     def preprocess(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, Any]:
         """Arrays on the device, by input name, for ``run``."""

@@ -118,6 +118,11 @@ class TensorRtBackend:
             yield slot
 
     @property
+    def largest_batch(self) -> int:
+        """That the engine was built for."""
+        return self._shapes.largest_batch
+
+    @property
     def activation_bytes(self) -> int:
         """Device memory that the engine uses beside weights, inputs and outputs."""
         return int(self._engine.device_memory_size_v2)
@@ -222,9 +227,14 @@ class _Shapes:
             raise InputError(f"{name}: an array on the device with gaps; make it contiguous first")
         return found
 
+    @property
+    def largest_batch(self) -> int:
+        """Of the profile."""
+        return max(shapes.largest[0] for shapes in self._profile.values())
+
     def largest_bytes(self) -> dict[str, int]:
         """By tensor, at the largest profile."""
-        batch = max(shapes.largest[0] for shapes in self._profile.values())
+        batch = self.largest_batch
         sizes = {}
         for name, declared in self._declared.items():
             shape = self._profile[name].largest if name in self._profile else \

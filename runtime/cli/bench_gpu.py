@@ -33,7 +33,15 @@ def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: P
     from ...benchmarks.entrants import Field, gpu_entrants
     from ...benchmarks.gpu.contenders import let_go, names_of
     from ...benchmarks.gpu.race import race
-    from ...benchmarks.gpu.report import COLUMNS, cells, title, to_dict, write_report
+    from ...benchmarks.gpu.report import (
+        COLUMNS,
+        PROCESS_COLUMNS,
+        cells,
+        process_cells,
+        title,
+        to_dict,
+        write_report,
+    )
     from ...benchmarks.measure import measure
 
     opened = open_bundle(bundle)
@@ -57,9 +65,7 @@ def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: P
     if processes is not None:
         print_table("Each in a process of its own, " + ("from a preprocessed volume" if scan is None else
                                                         f"from {scan.name} to scores"),
-                    ("", "median ms", "p95 ms", f"times {entrants[0].name}", "cold start ms", "peak RSS MB"), (
-            (c.name, f"{c.median_ms:.1f}", f"{c.p95_ms:.1f}", f"{c.ratio:.2f}", f"{c.cold_start_ms:.0f}",
-             f"{c.peak_rss_mb:.0f}") for c in processes.contenders))
+                    PROCESS_COLUMNS, map(process_cells, processes.contenders))
     for row in report.rows:
         if row.problem is not None:
             click.echo(f"not run: {row.name}, batch {row.batch}: {row.problem}")

@@ -18,6 +18,8 @@ from .output import Stages, announce, print_json, progress
 from .scans import for_each_scan
 
 _FEW = ".npz"
+#: On a GPU.
+_USUAL_BATCH = 8
 
 
 @click.command("embed")
@@ -29,7 +31,7 @@ _FEW = ".npz"
 @click.option("--readers", type=click.IntRange(1, 256), metavar="N",
               help="Scans that are read at once.  [default: as many as half of the cores]")
 @click.option("--batch", type=click.IntRange(1, 256), metavar="N",
-              help="Scans that are computed at once, at most.  [default: 1 on the CPU, 8 on a GPU]")
+              help="Scans that are computed at once, at most.  [default: 1; on a GPU 8, or what its engine takes]")
 @click.option("--retry", is_flag=True, help="Try again scans that failed before and have not changed.")
 @keep_going_option
 @click.option("--json", "as_json", is_flag=True, help="With STORE: print the figures of the run as JSON.")
@@ -67,9 +69,12 @@ def command(
                         manifest.zero_shot.classes if manifest.zero_shot else (),
                         {name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path)
                          else value for name, value in given.items()})
-    cores = Options(threads=threads).thread_count
-    most = batch or (8 if device == "cuda" else 1)
-    settings = Settings(readers or max(1, cores // 2), most, 2 * most)
+    cores, limit = Options(threads=threads).thread_count, model.largest_batch
+    if batch is not None and limit is not None and batch > limit:
+        raise InputError(f"--batch {batch}: the engine was built for at most {limit}; build with a larger --max-batch")
+    most = batch or (min(_USUAL_BATCH, limit or _USUAL_BATCH) if device == "cuda" else 1)
+    readers = readers or max(1, cores // 2)
+    settings = Settings(readers, max(1, cores // readers), most, 2 * most)
     with Store(out, identity) as store, progress(len(items)) as display:
         report = Pipeline(model, store, settings, retry, lambda path, error: _told(display, path, error)).run(items)
     if as_json:

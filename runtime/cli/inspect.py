@@ -72,7 +72,7 @@ def print_rewrites(manifest: Manifest) -> None:
 def _note(rewrite: Rewrite) -> str:
     """What was measured, or each reason to leave places alone once, with their number."""
     timing, disturbed = rewrite.measured, ""
-    if timing is not None and timing.others > 0.1:
+    if timing is not None and timing.is_disturbed:
         disturbed = f"; measured while other programs used {timing.others:.0%} of the machine"
     if rewrite.matched and timing is not None:
         return f"faster, {timing.after_ms:.0f} instead of {timing.before_ms:.0f} ms{disturbed}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -38,6 +38,11 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[obje
         # Text, not str: rich would take brackets in names of classes and files for its markup.
         table.add_row(*(Text(one_line(str(cell))) for cell in row))
     Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
 def announce(model: Model) -> None:

@@ -180,9 +180,9 @@ def read_store(folder: Path) -> pa.Table:
 
 
 def _require_same(folder: Path, identity: Identity) -> None:
-    there = dataclasses.asdict(read_info(folder))
-    for name, value in json.loads(json.dumps(dataclasses.asdict(identity))).items():
-        if list(there[name]) != value if isinstance(value, list) else there[name] != value:
+    there, wanted = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (read_info(folder), identity))
+    for name, value in wanted.items():
+        if there[name] != value:
             raise InputError(f"{folder}: a store of other results: its {name} is {there[name]!r}, not {value!r}; "
                              "choose another --out")
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_gpu import install, kernels_on_host
 
 from dcformer_deploy.runtime import InferenceError, Model, load
+from dcformer_deploy.runtime.backends import sampler
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.inputs import Item
 from dcformer_deploy.runtime.pipeline import Pipeline, Settings
@@ -77,6 +79,24 @@ def test_again_only_what_is_new_or_changed(pristine_bundle: Path, folder: Path, 
     assert "a store of other results: its options is {}" in capsys.readouterr().err
 
 
+def test_on_a_gpu(built: Path, scans: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """As many at once as the engine takes; scans that were made on the GPU one by one; the same answers."""
+    library = install(built, monkeypatch)
+    library.driver.kernels = kernels_on_host(tmp_path)
+    monkeypatch.setattr(sampler, "compile_kernel", lambda capability, nvrtc: b"machine code")
+    found = []
+    for where in ("cpu", "gpu"):
+        store = tmp_path / where
+        report = _run(capsys, 0, built, scans, "--out", store, "--backend", "tensorrt", "--device", "cuda",
+                      "--precision", "fp16", "--preprocess", where)
+        assert report["embedded"] == 4
+        found.append({row["path"]: row["embedding"] for row in read_store(store).to_pylist()})
+    assert found[0] == found[1]
+    assert main(["embed", str(built), str(scans), "--out", str(tmp_path / "s"), "--backend", "tensorrt", "--device",
+                 "cuda", "--precision", "fp16", "--batch", "4"]) == 2
+    assert "--batch 4: the engine was built for at most 3; build with a larger --max-batch" in capsys.readouterr().err
+
+
 class _Slow(Model):
     """Counts scans that were read and not yet computed."""
 
@@ -85,7 +105,7 @@ class _Slow(Model):
         super().__init__(real._bundle, real._options)
         self.delay, self.alive, self.most, self.lock = delay, 0, 0, threading.Lock()
 
-    def prepare(self, scan: object, **_: object) -> Prepared:
+    def prepare(self, scan: object, threads: int | None = None, **_: object) -> Prepared:
         with self.lock:
             self.alive += 1
             self.most = max(self.most, self.alive)
@@ -117,7 +137,7 @@ def _items(folder: Path, count: int) -> list[Item]:
 def test_scans_in_memory_do_not_grow_with_their_number(pristine_bundle: Path, tmp_path: Path, count: int):
     model = _Slow(pristine_bundle, delay=0.002)
     with Store(tmp_path / "s", _identity(model)) as store:
-        report = Pipeline(model, store, Settings(3, 2, 4)).run(_items(tmp_path / "f", count))
+        report = Pipeline(model, store, Settings(readers=3, batch=2, waiting=4)).run(_items(tmp_path / "f", count))
     assert report.embedded == count
     assert model.most <= 3 + 4
     assert report.limit == "inference"

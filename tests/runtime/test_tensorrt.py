@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_gpu import FakeDriver, FakeTensorRt, Status, install, with_engines
+from fake_gpu import FakeDriver, FakeTensorRt, Status, install
 
 from dcformer_deploy.calibration.emulate import emulated_bundle
 from dcformer_deploy.runtime import InputError, gpu, load
@@ -27,11 +27,6 @@ from dcformer_deploy.runtime.errors import (
 from dcformer_deploy.runtime.model import Model
 
 pytest.importorskip("tensorrt_rtx")
-
-
-@pytest.fixture(scope="module")
-def built(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_engines(calibrated, tmp_path_factory.mktemp("engines") / "bundle")
 
 
 @pytest.fixture
