@@ -290,7 +290,7 @@ class Model:
             else:
                 feeds = scan_feeds(inputs, volume, spec, threads or self._options.thread_count)
         return Prepared(str(scan), feeds, volume.stored.shape, volume.spacing_hwd_mm, volume.orientation,
-                        ", then ".join(map(str, volume.scaling)) or None)
+                        ", then ".join(map(str, volume.scaling)) or None, timings)
 
     def _embed(self, feeds: dict[str, Any]) -> NDArray[np.float32]:
         return self._graph("image").run(feeds, ["image_embedding"])[0][0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -12,6 +13,7 @@ class Prepared:
     """What an image tower reads of a scan, by input: numpy arrays, or arrays on the GPU.
 
     ``shape_hwd``, ``spacing_hwd_mm``, ``orientation``, ``hounsfield``: of the scan as it was read from a file.
+    ``timings_ms``: of "read" and "preprocess", where they were done.
     """
 
     volume: str
@@ -20,6 +22,7 @@ class Prepared:
     spacing_hwd_mm: tuple[float, ...] | None = None
     orientation: str | None = None
     hounsfield: str | None = None
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

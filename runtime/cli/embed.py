@@ -60,7 +60,8 @@ def command(
             if value is not None:
                 raise InputError(f"{option}: only for a store; --out {out} is one file")
         return _write_file(model, find_items(inputs, split, given), out, keep_going)
-    from ..pipeline import Pipeline, Settings
+    from ..embedding_job import EmbeddingJob
+    from ..pipeline import Settings
     from ..store import Identity, Store
 
     items = list({item.path: item for item in find_items(inputs, split, given)}.values())
@@ -76,11 +77,12 @@ def command(
     readers = readers or max(1, cores // 2)
     settings = Settings(readers, max(1, cores // readers), most, 2 * most)
     with Store(out, identity) as store, progress(len(items)) as display:
-        report = Pipeline(model, store, settings, retry, lambda path, error: _told(display, path, error)).run(items)
+        job = EmbeddingJob(store, retry, lambda path, error: _told(display, path, error))
+        report = job.run(model, settings, items)
     if as_json:
         print_json({"embedded": report.embedded, "copied": report.copied, "failed": report.failed,
                     "skipped": report.skipped, "seconds": report.seconds, "scans_per_s": report.scans_per_s,
-                    "limit": report.limit,
+                    "limit": report.limit, "step_s": report.step_s,
                     "stages": [{"name": stage.name, "workers": stage.workers, "busy": stage.busy}
                                for stage in report.stages]})
     else:

@@ -13,7 +13,6 @@ import os
 import re
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 
 from ..errors import DcformerWarning, InputError
 from ..files import atomic_folder
+from .index import Index
 from .rows import Entry, Identity, schema, table
 
 FORMAT = "dcformer-deploy store 1"
@@ -33,21 +33,10 @@ _TEMPORARY = ".tmp"
 PART_ROWS, PART_SECONDS = 512, 30.0
 
 
-@dataclass(frozen=True)
-class Known:
-    """What a store knows of a file: ``entry`` has no embedding; it is read when it is wanted."""
-
-    bytes: int
-    changed_ns: int
-    sha256: str | None
-    failed: bool
-
-
 class Store:
     """A store that is open for writing; a context manager.
 
-    ``known``: by path, the last row of each. ``contents``: by sha256 of a file's content, the part and row where its
-    embedding lies.
+    ``index``: which files it knows, and where which content lies.
 
     Raises:
         InputError: not a store, of another identity, or in use by another program.
@@ -65,11 +54,10 @@ class Store:
         try:
             for leftover in folder.glob(f"*{_TEMPORARY}"):
                 leftover.unlink()
-            self.known: dict[str, Known] = {}
-            self.contents: dict[str, tuple[Path, int]] = {}
+            self.index = Index()
             self._next = 0
             for part in parts(folder):
-                self._next = int(part.stem.split("-")[1]) + 1
+                self._next = _number(part) + 1
                 self._take(part)
         except BaseException:
             os.close(self._lock)
@@ -85,21 +73,24 @@ class Store:
             warnings.warn(f"{part}: damaged ({error}); renamed to {aside.name}, its scans are embedded again",
                           DcformerWarning, stacklevel=4)
             return
-        for index, row in enumerate(rows.to_pylist()):
-            failed = row["error"] is not None
-            self.known[row["path"]] = Known(row["bytes"], row["changed_ns"], row["sha256"], failed)
-            if not failed and row["sha256"] is not None:
-                self.contents[row["sha256"]] = (part, index)
+        failed = rows.column("error").is_valid().to_pylist()
+        columns = (rows.column(name).to_pylist() for name in ("path", "bytes", "changed_ns", "sha256"))
+        self.index.add(_number(part), zip(*columns, failed, strict=True))
+
+    def has_content(self, sha256: str) -> bool:
+        """Whether a file with this content has been embedded."""
+        return self.index.content(sha256) is not None or any(
+            entry.sha256 == sha256 and entry.error is None for entry in self._waiting)
 
     def same_content(self, sha256: str) -> Entry | None:
         """The row of another file with the same content."""
         for entry in self._waiting:
             if entry.sha256 == sha256 and entry.error is None:
                 return entry
-        if sha256 not in self.contents:
+        if (place := self.index.content(sha256)) is None:
             return None
-        part, index = self.contents[sha256]
-        row = pq.read_table(part).slice(index, 1)
+        part, index = place
+        row = pq.read_table(self.folder / part_name(part)).slice(index, 1)
         values = row.to_pylist()[0]
         vectors = {name: row.column(name).combine_chunks().flatten().to_numpy() if values[name] is not None else None
                    for name in ("embedding", "scores")}
@@ -115,7 +106,7 @@ class Store:
         """Write what waits, as a part."""
         if not self._waiting:
             return
-        path = self.folder / f"part-{self._next:06d}.parquet"
+        path = self.folder / part_name(self._next)
         temporary = path.with_suffix(_TEMPORARY)
         try:
             pq.write_table(table(self._waiting, self._identity), temporary, compression="zstd")
@@ -127,10 +118,8 @@ class Store:
             temporary.unlink(missing_ok=True)
             raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some space, then start "
                              "again: what is finished is kept") from error
-        for index, entry in enumerate(self._waiting):
-            self.known[entry.path] = Known(entry.bytes, entry.changed_ns, entry.sha256, entry.error is not None)
-            if entry.error is None and entry.sha256 is not None:
-                self.contents[entry.sha256] = (path, index)
+        self.index.add(self._next, ((entry.path, entry.bytes, entry.changed_ns, entry.sha256, entry.error is not None)
+                                    for entry in self._waiting))
         self._waiting, self._since, self._next = [], time.monotonic(), self._next + 1
 
     def __enter__(self) -> Store:
@@ -144,10 +133,19 @@ class Store:
             os.close(self._lock)
 
 
+def part_name(number: int) -> str:
+    """Of a part's file."""
+    return f"part-{number:06d}.parquet"
+
+
+def _number(part: Path) -> int:
+    return int(part.stem.split("-")[1])
+
+
 def parts(folder: Path) -> list[Path]:
     """Parts in the order in which they were written."""
     return sorted((path for path in folder.iterdir() if _PART.fullmatch(path.name)),
-                  key=lambda path: int(path.stem.split("-")[1]))
+                  key=_number)
 
 
 def read_info(folder: Path) -> Identity:

@@ -18,8 +18,9 @@ from fake_gpu import install, kernels_on_host
 from dcformer_deploy.runtime import InferenceError, Model, load
 from dcformer_deploy.runtime.backends import sampler
 from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.embedding_job import EmbeddingJob
 from dcformer_deploy.runtime.inputs import Item
-from dcformer_deploy.runtime.pipeline import Pipeline, Settings
+from dcformer_deploy.runtime.pipeline import Settings
 from dcformer_deploy.runtime.results import Prepared
 from dcformer_deploy.runtime.store import Identity, Store, read_store
 
@@ -137,11 +138,35 @@ def _items(folder: Path, count: int) -> list[Item]:
 def test_scans_in_memory_do_not_grow_with_their_number(pristine_bundle: Path, tmp_path: Path, count: int):
     model = _Slow(pristine_bundle, delay=0.002)
     with Store(tmp_path / "s", _identity(model)) as store:
-        report = Pipeline(model, store, Settings(readers=3, batch=2, waiting=4)).run(_items(tmp_path / "f", count))
+        report = EmbeddingJob(store).run(model, Settings(readers=3, batch=2, waiting=4), _items(tmp_path / "f", count))
     assert report.embedded == count
     assert model.most <= 3 + 4
     assert report.limit == "inference"
     assert len(read_store(tmp_path / "s")) == count
+
+
+def _copies(scan: Path, folder: Path, count: int) -> Path:
+    """The same scan under as many names, each with another content: an empty gzip member behind the first."""
+    folder.mkdir()
+    content = scan.read_bytes()
+    for index in range(count):
+        (folder / f"{index}.nii.gz").write_bytes(content + gzip.compress(b"", mtime=index))
+    return folder
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_number_of_scans(pristine_bundle: Path, scans: Path, tmp_path: Path):
+    """Ten times more scans; if what is read of each were kept, 1.5 MB, that would be 270 MB more."""
+    peaks = []
+    script = ("import resource, sys; from dcformer_deploy.runtime.cli.app import main; code = main(sys.argv[1:]); "
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)")
+    for count in (20, 200):
+        folder = _copies(scans / "b.nii.gz", tmp_path / f"in-{count}", count)
+        done = subprocess.run([sys.executable, "-c", script, "embed", pristine_bundle, folder, "--out",
+                               tmp_path / f"out-{count}"], check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
+    assert len(read_store(tmp_path / "out-200")) == 200
+    assert peaks[1] < peaks[0] + 30, peaks
 
 
 def test_a_model_that_fails_ends_it_and_keeps_what_is_finished(pristine_bundle: Path, tmp_path: Path):
@@ -158,7 +183,7 @@ def test_a_model_that_fails_ends_it_and_keeps_what_is_finished(pristine_bundle: 
     items = _items(tmp_path / "f", 9)
     with pytest.raises(InferenceError, match="out of memory .batch of 1; what was finished before is in the store"), \
             Store(tmp_path / "s", _identity(model)) as store:
-        Pipeline(model, store, Settings()).run(items)
+        EmbeddingJob(store).run(model, Settings(), items)
     assert len(read_store(tmp_path / "s")) == 5
 
 
@@ -166,18 +191,14 @@ def test_embeddings_that_are_no_numbers_are_failures(pristine_bundle: Path, tmp_
     model = _Slow(pristine_bundle)
     model.embed_batch = lambda scans: np.full((len(scans), 512), np.nan, np.float32)  # type: ignore[method-assign]
     with Store(tmp_path / "s", _identity(model)) as store:
-        report = Pipeline(model, store, Settings()).run(_items(tmp_path / "f", 1))
+        report = EmbeddingJob(store).run(model, Settings(), _items(tmp_path / "f", 1))
     assert (report.embedded, report.failed) == (0, 1)
     assert "NaN" in read_store(tmp_path / "s").to_pylist()[0]["error"]
 
 
 def test_killed_at_any_time(pristine_bundle: Path, scans: Path, tmp_path: Path):
     """kill -9, again and again at random: no part is ever damaged, nothing finished is lost, and it comes to an end."""
-    folder, store = tmp_path / "many", tmp_path / "s"
-    folder.mkdir()
-    content = (scans / "a.nii.gz").read_bytes()
-    for index in range(40):  # an empty gzip member behind the first: another content, the same scan
-        (folder / f"{index}.nii.gz").write_bytes(content + gzip.compress(b"", mtime=index))
+    folder, store = _copies(scans / "a.nii.gz", tmp_path / "many", 40), tmp_path / "s"
     script = ("import sys; from dcformer_deploy.runtime.store import store; store.PART_ROWS = 3; "
               "from dcformer_deploy.runtime.cli.app import main; sys.exit(main(sys.argv[1:]))")
     command = [sys.executable, "-c", script, "embed", str(pristine_bundle), str(folder), "--out", str(store)]

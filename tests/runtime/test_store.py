@@ -1,6 +1,7 @@
 """The store: what is written is read, parts are whole, others' results and other writers are refused."""
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,21 @@ import pytest
 
 from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.errors import DcformerWarning
-from dcformer_deploy.runtime.store import Entry, Identity, Store, read_store
+from dcformer_deploy.runtime.store import Entry, Identity, Known, Store, read_store
+from dcformer_deploy.runtime.store import index as index_module
 from dcformer_deploy.runtime.store import store as module
+from dcformer_deploy.runtime.store.index import Index
 
 IDENTITY = Identity("a" * 64, "dcformer-nano", "fp32", 4, ("Emphysema", "Atelectasis"), {"slope": 2.0})
 
 
+def _sha256(index: int) -> str:
+    return hashlib.sha256(bytes([index])).hexdigest()
+
+
 def _entry(index: int, **changes: object) -> Entry:
     rng = np.random.default_rng(index)
-    entry = Entry(f"/scans/{index}.nii.gz", 10 + index, 20 + index, f"{index:064x}",
+    entry = Entry(f"/scans/{index}.nii.gz", 10 + index, 20 + index, _sha256(index),
                   rng.random(4, np.float32), rng.random(2, np.float32), None, (5, 6, 7), (0.5, 0.5, 1.5), "LPS",
                   "1 * v - 1024")
     return dataclasses.replace(entry, **changes)
@@ -41,13 +48,15 @@ def test_rows_survive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             else:
                 assert row[name] == (list(value) if isinstance(value, tuple) else value)
     with Store(tmp_path / "s", IDENTITY) as store:
-        assert store.known["/scans/3.nii.gz"] == module.Known(13, 23, f"{3:064x}", failed=False)
-        assert store.known["/scans/bad.nii.gz"].failed
-        found = store.same_content(f"{5:064x}")
+        assert store.index.file("/scans/3.nii.gz") == Known(13, 23, failed=False)
+        assert store.index.file("/scans/bad.nii.gz") == Known(1, 2, failed=True)
+        assert store.index.file("/scans/9.nii.gz") is None
+        assert _sha256(5) in store.index.contents() and _sha256(99) not in store.index.contents()
+        found = store.same_content(_sha256(5))
         assert found is not None
         np.testing.assert_array_equal(found.embedding, entries[5].embedding)
         np.testing.assert_array_equal(found.scores, entries[5].scores)
-        assert store.same_content("0" * 64 + "1") is None
+        assert store.same_content(_sha256(99)) is None
 
 
 def test_the_last_row_of_a_path_counts(tmp_path: Path):
@@ -95,7 +104,7 @@ def test_one_writer_at_a_time(tmp_path: Path):
             Store(tmp_path / "s", IDENTITY)
         other.kill()
     with Store(tmp_path / "s", IDENTITY) as store:
-        assert store.known == {}
+        assert not len(store.index)
 
 
 def test_leftovers_go_and_damaged_parts_are_set_aside(tmp_path: Path):
@@ -107,7 +116,7 @@ def test_leftovers_go_and_damaged_parts_are_set_aside(tmp_path: Path):
     part.write_bytes(part.read_bytes()[:-20])
     with pytest.warns(DcformerWarning, match="part-000001.parquet: damaged .*renamed to part-000001.damaged"), \
             Store(tmp_path / "s", IDENTITY) as store:
-        assert set(store.known) == {"/scans/0.nii.gz", "/scans/2.nii.gz"}
+        assert [store.index.file(f"/scans/{i}.nii.gz") is None for i in range(3)] == [False, True, False]
         store.append(_entry(1))
     assert not (tmp_path / "s" / "part-000003.tmp").exists()
     assert {row["path"] for row in read_store(tmp_path / "s").to_pylist()} == {f"/scans/{i}.nii.gz" for i in range(3)}
@@ -129,3 +138,25 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert sorted(path.suffix for path in (tmp_path / "s").iterdir()) == ["", ".json", ".parquet"]
     store.flush()  # space again: nothing was lost
     assert len(read_store(tmp_path / "s")) == 2
+
+
+def test_an_index_is_a_dictionary_in_less_memory(monkeypatch: pytest.MonkeyPatch):
+    """Against a dictionary, with files and contents that come again, over several merges."""
+    monkeypatch.setattr(index_module, "_MERGE_AT", 50)
+    index, files, contents, rng = Index(), {}, {}, np.random.default_rng(0)
+    for part in range(40):
+        rows = [(f"/{rng.integers(300)}", int(rng.integers(99)), part, _sha256(int(rng.integers(200))),
+                 bool(rng.integers(2))) for _ in range(20)]
+        index.add(part, rows)
+        for number, (path, size, changed, sha256, failed) in enumerate(rows):
+            files[path] = Known(size, changed, failed)
+            if not failed:
+                contents[sha256] = (part, number)
+    assert all(index.file(f"/{i}") == files.get(f"/{i}") for i in range(300))
+    assert all(index.content(_sha256(i)) == contents.get(_sha256(i)) for i in range(256))
+    known = index.contents()
+    assert [_sha256(i) in known for i in range(256)] == [_sha256(i) in contents for i in range(256)]
+    assert len(index) == len(files)
+    one = next(iter(contents))
+    assert index.content(one[:16] + "0" * 48) is None  # half of the hash is not enough
+    assert one[:16] + "0" * 48 not in known
