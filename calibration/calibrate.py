@@ -15,7 +15,7 @@ from ..runtime.cli.output import Stages
 from ..runtime.errors import BundleError, DcformerWarning, InputError
 from ..runtime.files import sha256_file
 from ..runtime.manifest import Graph
-from ..runtime.volume import ReadOptions, read_scan, scan_feeds
+from ..runtime.volume import ReadOptions, read_feeds
 from .compensate import Correlations
 from .layers import quantizable_layers
 from .observe import BUDGET_BYTES, Observer
@@ -66,8 +66,7 @@ def observe(bundle: Bundle, scans: Sequence[Scan], count: int, state: Path, opti
             continue
         display.stage(scan.path.name)
         try:
-            volume = read_scan(scan.path, spec, ReadOptions(**scan.options))
-            feeds = scan_feeds(graph.inputs, volume, spec, options.thread_count)
+            feeds = read_feeds(scan.path, graph.inputs, spec, ReadOptions(**scan.options), options.thread_count)
         except BundleError:
             raise
         except InputError as error:

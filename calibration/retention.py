@@ -18,7 +18,7 @@ from ..runtime.errors import BundleError, InputError
 from ..runtime.machine import machine
 from ..runtime.manifest import Preprocessing, TensorInfo
 from ..runtime.model import Model
-from ..runtime.volume import ReadOptions, read_scan, scan_feeds
+from ..runtime.volume import ReadOptions, read_feeds
 from .calibrate import image_graph, load_graph
 from .scans import Scan
 from .sqnr import LayerNoise, layer_noise
@@ -81,7 +81,7 @@ class Retention:
         return {**rows, "about": about}
 
 
-def read_feeds(inputs: Sequence[TensorInfo], spec: Preprocessing, scans: Sequence[Scan], threads: int,
+def read_all(inputs: Sequence[TensorInfo], spec: Preprocessing, scans: Sequence[Scan], threads: int,
                on_scan: Callable[[str], None] = lambda _: None) -> list[dict[str, NDArray[np.floating]]]:
     """What an image tower reads of each scan.
 
@@ -91,7 +91,7 @@ def read_feeds(inputs: Sequence[TensorInfo], spec: Preprocessing, scans: Sequenc
     feeds = []
     for scan in scans:
         on_scan(scan.path.name)
-        feeds.append(scan_feeds(inputs, read_scan(scan.path, spec, ReadOptions(**scan.options)), spec, threads))
+        feeds.append(read_feeds(scan.path, inputs, spec, ReadOptions(**scan.options), threads))
     return feeds
 
 
@@ -104,7 +104,7 @@ def graph_noise(opened: Bundle, precision: str, scans: Sequence[Scan], threads: 
     if graph is None:
         return ()
     reference, proto = image_graph(opened)
-    feeds = read_feeds(reference.inputs, opened.manifest.preprocessing, scans, threads)
+    feeds = read_all(reference.inputs, opened.manifest.preprocessing, scans, threads)
     return layer_noise(proto, load_graph(opened, graph), feeds, threads)
 
 

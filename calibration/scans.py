@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..benchmarks.evaluation.dataset import Tables, has_labels, read_dataset
 from ..runtime.errors import BundleError, DcformerWarning, InputError
-from ..runtime.manifest import Manifest, Preprocessing
+from ..runtime.manifest import Manifest
 from ..runtime.volume import ReadOptions, prepare_scan
 from ..runtime.volume.folder import find_scans
 
@@ -44,7 +44,7 @@ def choose_samples(folder: Path, count: int, split: str | None, options: Mapping
     return [Scan(path, {**_options(metadata), **options}) for path, metadata in (found[index] for index in order)]
 
 
-def read_volumes(scans: Sequence[Scan], count: int, spec: Preprocessing, threads: int,
+def read_volumes(scans: Sequence[Scan], count: int, manifest: Manifest, threads: int,
                  on_scan: Callable[[str], None]) -> dict[Path, NDArray[np.float32]]:
     """The first ``count`` of the scans that can be read, preprocessed, ``[D, H, W]`` each; others warn.
 
@@ -52,12 +52,15 @@ def read_volumes(scans: Sequence[Scan], count: int, spec: Preprocessing, threads
         InputError: fewer than ``count`` can be read.
     """
     volumes = {}
+    graph = manifest.graph("image")
+    inputs = graph.inputs if graph is not None else ()
     for scan in scans:
         if len(volumes) == count:
             break
         on_scan(scan.path.name)
         try:
-            volumes[scan.path] = prepare_scan(scan.path, spec, ReadOptions(**scan.options), threads)
+            volumes[scan.path] = prepare_scan(scan.path, manifest.preprocessing, ReadOptions(**scan.options), threads,
+                                              inputs)
         except BundleError:
             raise
         except InputError as error:

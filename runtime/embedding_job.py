@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from .inputs import Item
 from .model import Model
@@ -55,10 +54,8 @@ class Report:
         return max(self.stages, key=lambda stage: stage.busy).name
 
 
-class OnScan(Protocol):
-    """Told of each scan that is finished, with its error if it has one."""
-
-    def __call__(self, path: Path, error: str | None) -> None: ...  # noqa: D102
+#: Told of each scan that is finished, with its error if it has one.
+OnScan = Callable[[Path, str | None], None]
 
 
 class EmbeddingJob:

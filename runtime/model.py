@@ -24,7 +24,7 @@ from .manifest import Graph, Manifest, ZeroShotTask
 from .results import Classification, Prepared, ZeroShot
 from .scoring import probabilities
 from .text import Tokenizer
-from .volume import ReadOptions, image_feeds, prepare_scan, read_scan, scan_feeds
+from .volume import ReadOptions, image_feeds, is_prepared, open_prepared, prepare_scan, read_scan, scan_feeds
 
 #: A file to read, a preprocessed volume ``[D, H, W]`` float32, or what ``Model.prepare`` made.
 Scan = str | Path | NDArray[np.float32] | Prepared
@@ -84,7 +84,8 @@ class Model:
         """Read a NIfTI scan into the image tower's input: ``[D, H, W]`` float32, in [-1, 1] (the manifest tells).
 
         Args:
-            path: ``.nii`` or ``.nii.gz``.
+            path: ``.nii`` or ``.nii.gz``, or what `dcformer prepare` made of one: then the volume is zero where the
+                image tower does not look.
             spacing: mm along the stored axes, (x, y, z) or (xy, z); None = the header's.
             slope, intercept: HU = slope * value + intercept, on top of the file's own scaling; None = 1 and 0.
             orientation: "as-stored" ignores the header's directions; None reorients to the manifest's orientation.
@@ -94,7 +95,8 @@ class Model:
             InputError: anything about the file that would have to be guessed; the message says what to pass.
         """
         options = ReadOptions(spacing, slope, intercept, orientation, metadata)
-        return prepare_scan(path, self.manifest.preprocessing, options, self._options.thread_count)
+        return prepare_scan(path, self.manifest.preprocessing, options, self._options.thread_count,
+                            self._info("image").inputs)
 
     def prepare(self, scan: Scan, threads: int | None = None, **read_options: Any) -> Prepared:
         """All that is done with a scan before its inference. Raises ``InputError`` as ``embed_image``.
@@ -280,6 +282,11 @@ class Model:
         if not isinstance(scan, str | Path):
             raise InputError(f"scan: {type(scan).__name__}; expected a path or a preprocessed array")
         spec = self.manifest.preprocessing
+        if is_prepared(scan):
+            with _timed(timings, "read"):
+                found = open_prepared(scan, spec, inputs, ReadOptions(**read_options))
+            return Prepared(str(scan), dict(found.feeds), found.shape_hwd, found.spacing_hwd_mm, found.orientation,
+                            found.hounsfield, timings)
         with _timed(timings, "read"):
             volume = read_scan(scan, spec, ReadOptions(**read_options))
         with _timed(timings, "preprocess"):

@@ -13,6 +13,7 @@ from ...runtime.volume.folder import (
     choose_tables,
     find_volumes,
     metadata_files,
+    metadata_of,
     natural_order,
     table_header,
     table_rows,
@@ -61,7 +62,8 @@ def read_dataset(folder: Path, classes: Sequence[str], tables: Tables, split: st
                      classes, folder)
     reports = _reports(choose_tables(tables.reports, found, REPORT_COLUMNS, "reports"))
     metadata = metadata_files(choose_tables(tables.metadata, found, METADATA_COLUMNS, "metadata"))
-    cases = [Case(name, path, labels[name], reports.get(name), metadata.get(name))
+    cases = [Case(name, path, labels[name], reports.get(name),
+                  metadata_of(path, name, metadata))
              for name, path in sorted(volumes.items(), key=lambda item: natural_order(item[0])) if name in labels]
     if not cases:
         first = next(iter(volumes))

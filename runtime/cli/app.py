@@ -25,6 +25,7 @@ from ..errors import DcformerError, DcformerWarning, MissingDependency, install,
 COMMANDS = {
     "export": ("export", "Turn a checkpoint into a bundle and prove that it computes the same."),
     "inspect": ("inspect", "Show what a bundle holds and check that it is intact."),
+    "prepare": ("prepare", "Preprocess scans once, so that evaluation, calibration and the like read them faster."),
     "embed": ("embed", "Embed scans, few or fifty thousand, into a store that is gone on with after any end."),
     "embed-text": ("embed_text", "Embed texts."),
     "zeroshot": ("zeroshot", "Score scans for 18 chest pathologies, or classes of your own, by text prompts."),
@@ -42,8 +43,8 @@ COMMANDS = {
 }
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir": "export", "transformers": "export",
-           "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "scipy": "phantom", "PIL": "phantom",
-           "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
+           "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "zarr": "store", "scipy": "phantom",
+           "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 
 class _LazyCommands(click.Group):

@@ -11,6 +11,7 @@ from ..backends.base import MOST_THREADS
 from ..bundle import ENGINE_SUFFIX, open_bundle
 from ..errors import DeviceUnavailable, InputError, one_line
 from ..gpu import gpu_or_none
+from ..volume import is_prepared
 from .options import bundle_argument, json_option
 from .output import print_json, print_table, progress
 
@@ -45,8 +46,10 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
         scans, volumes = [], random_volumes(opened, samples) if data is None else []
         if data is not None:
             found = choose_samples(data, samples, split, {})
-            read = read_volumes(found, samples, opened.manifest.preprocessing, options.thread_count, display.stage)
-            scans, volumes = [scan for scan in found if scan.path in read], list(read.values())
+            read = read_volumes(found, samples, opened.manifest, options.thread_count, display.stage)
+            # Those that are prepared already have nothing to compare with.
+            scans = [scan for scan in found if scan.path in read and not is_prepared(scan.path)]
+            volumes = list(read.values())
         rows = check(opened, volumes, random_tokens(opened), options, display.stage)
         if scans and gpu_or_none() is not None:
             display.stage("preprocessing on the GPU")

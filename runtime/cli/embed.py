@@ -9,12 +9,12 @@ import click
 import numpy as np
 
 from ..backends.base import Options
-from ..errors import InputError, one_line
+from ..errors import InputError
 from ..files import atomic_file
 from ..inputs import Item, find_items
 from ..model import Model, load
 from .options import bundle_argument, keep_going_option, model_options, preprocess_option, scan_options
-from .output import Stages, announce, print_json, progress
+from .output import announce, print_json, progress, told
 from .scans import for_each_scan
 
 _FEW = ".npz"
@@ -77,7 +77,7 @@ def command(
     readers = readers or max(1, cores // 2)
     settings = Settings(readers, max(1, cores // readers), most, 2 * most)
     with Store(out, identity) as store, progress(len(items)) as display:
-        job = EmbeddingJob(store, retry, lambda path, error: _told(display, path, error))
+        job = EmbeddingJob(store, retry, told(display))
         report = job.run(model, settings, items)
     if as_json:
         print_json({"embedded": report.embedded, "copied": report.copied, "failed": report.failed,
@@ -91,13 +91,6 @@ def command(
                    f"{report.skipped} there already, {report.failed} failed; {report.scans_per_s:.2f} scans/s; busy: "
                    f"{busy}")
     return 2 if report.failed else 0
-
-
-def _told(display: Stages, path: Path, error: str | None) -> None:
-    display.stage(path.name)
-    display.advance()
-    if error is not None:
-        click.echo(f"error: {one_line(error)}", err=True)
 
 
 def _write_file(model: Model, items: list[Item], out: Path, keep_going: bool) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -96,3 +97,15 @@ def progress(total: int | None = None) -> Iterator[Stages]:
         columns[2:2] = [BarColumn(), MofNCompleteColumn()]
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:
         yield _TerminalStages(display, total)
+
+
+def told(display: Stages) -> Callable[[Path, str | None], None]:
+    """What to call with each scan that is finished, and its error if it has one, which is printed at once."""
+
+    def tell(path: Path, error: str | None) -> None:
+        display.stage(path.name)
+        display.advance()
+        if error is not None:
+            click.echo(f"error: {one_line(error)}", err=True)
+
+    return tell

@@ -42,7 +42,7 @@ def command(bundle: Path, data: Path, split: str | None, samples: int, method: s
     from ...calibration.calibrate import image_graph
     from ...calibration.integers import compensated
     from ...calibration.observe import Observer
-    from ...calibration.retention import read_feeds
+    from ...calibration.retention import read_all
     from ...calibration.scans import choose_scans
     from ...calibration.sensitivity import analyse, auroc_kept, cosine_kept
     from ...calibration.sensitivity_report import COLUMNS, STEP_COLUMNS, cells, step_cells, write_report
@@ -62,7 +62,7 @@ def command(bundle: Path, data: Path, split: str | None, samples: int, method: s
         raise InputError(f"{data}: {len(scans)} scans, but {samples} were asked for; pass --samples {len(scans)}")
     thread_count = Options(threads=threads).thread_count
     with progress() as display:
-        feeds = read_feeds(graph.inputs, opened.manifest.preprocessing, scans, thread_count,
+        feeds = read_all(graph.inputs, opened.manifest.preprocessing, scans, thread_count,
                            display.stage)
         if target_auroc_drop is not None:
             promise, target = f"mean AUROC at most {target_auroc_drop:g} below fp32's", -target_auroc_drop

@@ -8,15 +8,17 @@ columns, wherever below the folder they lie.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import InputError, suggestion
 from ..files import require_file
+from .prepared import SUFFIX, is_prepared
 
 NAME_COLUMN = "VolumeName"
 METADATA_COLUMNS = ("XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept")
 _VOLUMES = (".nii.gz", ".nii")
+SCANS = (*_VOLUMES, *(f"{ending}{SUFFIX}" for ending in _VOLUMES))
 
 
 def find_scans(folder: Path, split: str | None = None) -> list[tuple[Path, Path | None]]:
@@ -29,16 +31,17 @@ def find_scans(folder: Path, split: str | None = None) -> list[tuple[Path, Path 
         raise InputError(f"{folder}: no such folder; expected one with .nii or .nii.gz volumes")
     volumes = find_volumes(folder, split)
     metadata = metadata_files(choose_tables(None, sorted(folder.rglob("*.csv")), METADATA_COLUMNS, "metadata"))
-    return [(volumes[name], metadata.get(name)) for name in sorted(volumes, key=natural_order)]
+    return [(volumes[name], metadata_of(volumes[name], name, metadata)) for name in sorted(volumes, key=natural_order)]
 
 
 def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
     """Path by the name that tables use, which is always that of the compressed file."""
     volumes: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.nii*")):
-        if not path.name.endswith(_VOLUMES) or path.name.startswith("."):
+        if not path.name.endswith(SCANS) or path.name.startswith("."):
             continue
-        name = path.name if path.name.endswith(".gz") else path.name + ".gz"
+        name = path.name.removesuffix(SUFFIX)
+        name = name if name.endswith(".gz") else f"{name}.gz"
         if name in volumes:
             raise InputError(f"{folder}: {name} is there twice: {volumes[name]} and {path}; move one away")
         volumes[name] = path
@@ -54,6 +57,11 @@ def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
         raise InputError(f"{folder}: no volume of split {split!r}{suggestion(split, splits)}; there are "
                          f"{', '.join(splits[:5])}")
     return chosen
+
+
+def metadata_of(path: Path, name: str, metadata: Mapping[str, Path]) -> Path | None:
+    """The table that says how to read a volume; None for one that is prepared, of which all is known."""
+    return None if is_prepared(path) else metadata.get(name)
 
 
 def natural_order(name: str) -> tuple[object, ...]:

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..manifest import Preprocessing
+from ..errors import InputError
+from ..manifest import Preprocessing, TensorInfo
+from .lines import scan_feeds
 from .nifti import read_nifti
 from .options import AS_IN_FILE, ReadOptions
+from .prepared import PreparedScan, as_volume, is_prepared, read_prepared
 from .preprocess import preprocess
 from .types import Volume
 
 
 def read_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_IN_FILE) -> Volume:
     """Read a file, refusing what the preprocessing needs and the file does not tell. Raises like ``read_nifti``."""
+    if is_prepared(path):
+        raise InputError(f"{path}: a prepared scan; here the scan itself is needed, as .nii or .nii.gz")
     return read_nifti(path, spec.orientation, options, needs_hounsfield=spec.intensity == "window",
                       needs_spacing=spec.resampling == "to_spacing")
 
 
-def prepare_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_IN_FILE,
-                 threads: int = 1) -> NDArray[np.float32]:
-    """Read and preprocess a file: ``[D, H, W]`` float32. Raises like ``read_nifti`` and ``preprocess``."""
+def open_prepared(path: str | Path, spec: Preprocessing, inputs: Sequence[TensorInfo], options: ReadOptions
+                  ) -> PreparedScan:
+    """Read a prepared scan, which nobody may know better. Raises like ``read_prepared``."""
+    if options != AS_IN_FILE:
+        raise InputError(f"{path}: a prepared scan, whose spacing, rescaling and orientation are settled; pass none of "
+                         "them, or prepare it again with them")
+    return read_prepared(Path(path), inputs, spec)
+
+
+def read_feeds(path: str | Path, inputs: Sequence[TensorInfo], spec: Preprocessing, options: ReadOptions = AS_IN_FILE,
+               threads: int = 1) -> dict[str, NDArray[np.floating]]:
+    """What an image tower reads of a file, prepared or not. Raises like ``read_scan``, ``scan_feeds``."""
+    if is_prepared(path):
+        return open_prepared(path, spec, inputs, options).feeds
+    return scan_feeds(inputs, read_scan(path, spec, options), spec, threads)
+
+
+def prepare_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_IN_FILE, threads: int = 1,
+                 inputs: Sequence[TensorInfo] = ()) -> NDArray[np.float32]:
+    """Read and preprocess a file: ``[D, H, W]`` float32. Raises like ``read_nifti`` and ``preprocess``.
+
+    Args:
+        inputs: of the image tower; with them a file may be a prepared scan, whose volume is zero where none looks.
+    """
+    if is_prepared(path) and inputs:
+        return as_volume(open_prepared(path, spec, inputs, options).feeds, spec)
     return preprocess(read_scan(path, spec, options), spec, threads)

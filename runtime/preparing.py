@@ -1,0 +1,165 @@
+"""Preprocess a data set once, so that whoever reads it again need not."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, InputError
+from .files import atomic_file, sha256_file
+from .inputs import find_items
+from .model import Model
+from .pipeline import file_facts
+from .volume.folder import METADATA_COLUMNS, NAME_COLUMN, table_header
+from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, read_origin, write_prepared
+
+
+@dataclass(frozen=True)
+class Task:
+    """A scan, how to read it, and where it goes once it is prepared."""
+
+    path: Path
+    options: Mapping[str, Any]
+    out: Path
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done. ``bytes_before``, ``bytes_after``: of the files of those that were prepared."""
+
+    prepared: int
+    skipped: int
+    failed: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+
+def find_tasks(inputs: Sequence[str | Path], split: str | None, options: Mapping[str, Any], out: Path) -> list[Task]:
+    """Scans of ``find_items``: those of a folder go to the same place below ``out``, others directly into it.
+
+    Raises:
+        InputError: as ``find_items``, two that would go to the same place, or scans that are prepared already.
+    """
+    tasks: dict[Path, Task] = {}
+    for given in inputs:
+        folder = Path(given).absolute() if Path(given).is_dir() else None
+        for item in find_items([given], split, options):
+            if is_prepared(item.path):
+                raise InputError(f"{item.path}: prepared already; name the scan itself")
+            place = item.path.relative_to(folder) if folder is not None else Path(item.path.name)
+            task = Task(item.path, item.options, out / place.with_name(place.name + SUFFIX))
+            if (other := tasks.setdefault(task.out, task)).path != task.path:
+                raise InputError(f"{task.path} and {other.path} have the same name; prepare them into two folders")
+    return list(tasks.values())
+
+
+def copy_tables(inputs: Iterable[str | Path], out: Path) -> list[Path]:
+    """Labels and reports of the folders among ``inputs``; metadata stay, as what they say is done.
+
+    Returns:
+        The copies.
+    """
+    copies = []
+    for folder in (Path(given) for given in inputs if Path(given).is_dir()):
+        for path in sorted(folder.rglob("*.csv")):
+            columns = table_header(path)
+            if NAME_COLUMN in columns and not set(METADATA_COLUMNS) <= columns:
+                copies.append(out / path.relative_to(folder))
+                with atomic_file(copies[-1]) as temporary:
+                    shutil.copyfile(path, temporary)
+    return copies
+
+
+def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: int, threads: int,
+                on_scan: Callable[[Path, str | None], None] = lambda path, error: None) -> Report:
+    """Prepare what is not there yet, or has changed since.
+
+    Args:
+        readers: scans at once. threads: that preprocess each of them.
+        on_scan: told of each scan that is finished, with its error if it has one.
+
+    Raises:
+        BundleError: the bundle has no image tower.
+    """
+    counts: Counter[str] = Counter()
+    before, after, start = 0, 0, time.perf_counter()
+
+    def work(task: Task) -> bool:
+        if _is_done(task, values):
+            return False
+        _prepare(model, task, values, threads)
+        return True
+
+    for task, done in _at_once(tasks, work, readers):
+        error = None
+        try:
+            if done():
+                counts["prepared"] += 1
+                before, after = before + task.path.stat().st_size, after + task.out.stat().st_size
+            else:
+                counts["skipped"] += 1
+        except BundleError:
+            raise
+        except (InputError, OSError) as failure:
+            counts["failed"] += 1
+            error = str(failure)
+        on_scan(task.path, error)
+    return Report(counts["prepared"], counts["skipped"], counts["failed"], before, after, time.perf_counter() - start)
+
+
+def _prepare(model: Model, task: Task, values: Values, threads: int) -> None:
+    facts = file_facts(task.path)
+    if facts is None:
+        raise InputError(f"{task.path}: no such file")
+    found = model.prepare(task.path, threads, **task.options)
+    origin = Origin(str(task.path), *facts, sha256_file(task.path), _stated(task.options))
+    if file_facts(task.path) != facts:
+        raise InputError(f"{task.path}: changed while it was read; prepare it again")
+    scan = PreparedScan(**{field.name: getattr(found, field.name) for field in dataclasses.fields(PreparedScan)})
+    write_prepared(task.out, scan, model.manifest.preprocessing, origin, values)
+
+
+def _is_done(task: Task, values: Values) -> bool:
+    """Whether what is there was made of the scan as it is now, and read the same way; else it is made again."""
+    if not task.out.exists():
+        return False
+    try:
+        origin, there = read_origin(task.out)
+    except InputError:
+        return False
+    return (origin.path, (origin.bytes, origin.changed_ns), origin.options, there) == (
+        str(task.path), file_facts(task.path), _stated(task.options), values)
+
+
+def _stated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it; a table of metadata with its size and time of change, as another says other things."""
+    stated = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    if (table := options.get("metadata")) is not None:
+        stated["metadata"] = [str(table), *(file_facts(Path(table)) or ())]
+    return stated
+
+
+def _at_once(tasks: Sequence[Task], work: Callable[[Task], bool], readers: int
+             ) -> Iterator[tuple[Task, Callable[[], bool]]]:
+    """Each task with what gives, or raises, its result, in the order in which they end; few wait at any time."""
+    pool = ThreadPoolExecutor(readers, thread_name_prefix="preparing")
+    running: dict[Future[bool], Task] = {}
+    todo = iter(tasks)
+    try:
+        while True:
+            while len(running) < 2 * readers and (task := next(todo, None)) is not None:
+                running[pool.submit(work, task)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,214 @@
+"""Scans whose preprocessing is done: what an image tower reads, in one compressed file, read 20 times faster.
+
+A file is a zipped Zarr group (``zarr`` opens it, too) with one array for each input of the image tower, in 16 bits, and
+attributes that say where it comes from and what it was prepared for; for another preprocessing it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..files import atomic_file, require_file
+from ..manifest import Preprocessing, TensorInfo
+
+#: Behind the name of the scan: ``scan.nii.gz.prepared.zip``.
+SUFFIX = ".prepared.zip"
+FORMAT = "dcformer-deploy prepared scan 1"
+Values = Literal["int16", "float16"]
+#: Steps of int16 between the smallest and the largest value of a preprocessed volume.
+_STEPS = 2 * 32767
+#: Attributes and the archive's own tables.
+_LARGEST_OVERHEAD = 1 << 20
+_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a prepared scan comes from: the file as it was read, and how it was read."""
+
+    path: str
+    bytes: int
+    changed_ns: int
+    sha256: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """``feeds``: by input, ``[1, 1, D, H, W]`` or lines of it, in the input's dtype. The others as in ``Prepared``."""
+
+    feeds: dict[str, NDArray[np.floating]]
+    shape_hwd: tuple[int, ...] | None
+    spacing_hwd_mm: tuple[float, ...] | None
+    orientation: str | None
+    hounsfield: str | None
+
+
+def is_prepared(path: str | Path) -> bool:
+    """By the file's name."""
+    return str(path).endswith(SUFFIX)
+
+
+def write_prepared(path: Path, scan: PreparedScan, spec: Preprocessing, origin: Origin, values: Values) -> None:
+    """Write a scan, whole or not at all.
+
+    Args:
+        values: "int16" is within 1.6e-5 of values in [-1, 1], "float16" within 2.5e-4 and a third smaller.
+    """
+    import zarr
+    from zarr.codecs import BloscCodec
+    from zarr.storage import ZipStore
+
+    arrays = {name: _to_16_bits(array, spec, values) for name, array in scan.feeds.items()}
+    about = {"format": FORMAT, **_purpose(spec, {name: array.shape for name, array in arrays.items()}),
+             "values": values, "origin": dataclasses.asdict(origin), "sha256": _digest(arrays),
+             "scan": {field.name: getattr(scan, field.name) for field in dataclasses.fields(scan)
+                      if field.name != "feeds"}}
+    codec = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")
+    with atomic_file(path) as temporary:
+        with ZipStore(temporary, mode="w") as store:
+            group = zarr.create_group(store, attributes=about)
+            for name, array in arrays.items():
+                chunk = (1, 1, -(-array.shape[2] // _CHUNKS), *array.shape[3:])
+                group.create_array(name, data=array, chunks=chunk, compressors=codec)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def read_origin(path: Path) -> tuple[Origin, Values]:
+    """Where a prepared scan comes from. Raises ``InputError`` like ``read_prepared``."""
+    about = _open(path, {})[0]
+    try:
+        return Origin(**about["origin"]), about["values"]
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_prepared(path: Path, inputs: Sequence[TensorInfo], spec: Preprocessing) -> PreparedScan:
+    """What an image tower reads of a prepared scan.
+
+    Raises:
+        InputError: no such file, damaged, or prepared for another preprocessing or image tower.
+    """
+    shapes = {info.name: (1, *map(int, info.axes[1:])) for info in inputs}
+    about, arrays = _open(path, shapes, _purpose(spec, shapes))
+    if about.get("sha256") != _digest(arrays):
+        raise InputError(f"{path}: its values are not those that were written; damaged, prepare it again")
+    dtypes = {info.name: info.dtype for info in inputs}
+    try:
+        feeds = {name: _from_16_bits(array, spec, about["values"]).astype(dtypes[name], copy=False)
+                 for name, array in arrays.items()}
+        return PreparedScan(feeds, *(_tuple(about["scan"][field.name]) for field in dataclasses.fields(PreparedScan)
+                                     if field.name != "feeds"))
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def as_volume(feeds: Mapping[str, NDArray[np.floating]], spec: Preprocessing) -> NDArray[np.float32]:
+    """A preprocessed volume ``[D, H, W]`` that gives these feeds, zero where no input looks."""
+    if "volume" in feeds:
+        return np.ascontiguousarray(feeds["volume"][0, 0], np.float32)
+    volume = np.zeros(spec.shape_dhw, np.float32)
+    for array in feeds.values():
+        taken = tuple(slice(None, None, side // kept) for side, kept in zip(volume.shape, array.shape[2:], strict=True))
+        volume[taken] = array[0, 0]
+    return volume
+
+
+def _purpose(spec: Preprocessing, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What must be the same for a prepared scan to be used, as JSON has it."""
+    return json.loads(json.dumps({"preprocessing": dataclasses.asdict(spec),
+                                  "inputs": {name: shapes[name] for name in sorted(shapes)}}))
+
+
+def _open(path: Path, shapes: Mapping[str, tuple[int, ...]], purpose: Mapping[str, Any] | None = None
+          ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Attributes, and the arrays of these shapes; nothing is unpacked that is larger than they are."""
+    import zarr
+    from zarr.errors import BaseZarrError
+    from zarr.storage import ZipStore
+
+    require_file(path, "prepared scan")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > path.stat().st_size + _LARGEST_OVERHEAD:
+            raise InputError(f"{path}: unpacks to {unpacked} bytes; not a prepared scan")
+        with ZipStore(path, mode="r") as store:
+            group = zarr.open_group(store, mode="r")
+            about = dict(group.attrs)
+            if about.get("format") != FORMAT:
+                raise InputError(f"{path}: not a prepared scan of this version; `dcformer prepare` makes one")
+            for name, wanted in (purpose or {}).items():
+                if about.get(name) != wanted:
+                    raise InputError(f"{path}: prepared for {_difference(about.get(name), wanted)}; prepare it again, "
+                                     "for this bundle")
+            return about, {name: _array(group[name], shape) for name, shape in shapes.items()}
+    except InputError:
+        raise
+    except (OSError, zipfile.BadZipFile, BaseZarrError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _array(array: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    chunks = getattr(array, "chunks", None)
+    if chunks is None or array.shape != shape or any(c > s for c, s in zip(chunks, shape, strict=True)) \
+            or array.dtype not in (np.int16, np.float16):
+        raise ValueError(f"an array of another shape than {list(shape)}")
+    return np.asarray(array[...])
+
+
+def _difference(there: Any, wanted: Any) -> str:
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        for name in wanted:
+            if there.get(name) != wanted[name]:
+                return f"{name} {there.get(name)!r}, the bundle has {wanted[name]!r}"
+        return f"inputs {', '.join(sorted(there))}, the bundle has {', '.join(sorted(wanted))}"
+    return "another bundle"
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: damaged, or no prepared scan ({type(error).__name__}: {error}); prepare it again")
+
+
+def _to_16_bits(array: NDArray[np.floating], spec: Preprocessing, values: Values) -> NDArray[Any]:
+    if values == "float16":
+        return np.ascontiguousarray(array, np.float16)
+    low, high = spec.value_range
+    return (np.rint((array.astype(np.float32) - low) * np.float32(_STEPS / (high - low))) - _STEPS // 2
+            ).astype(np.int16)
+
+
+def _from_16_bits(array: NDArray[Any], spec: Preprocessing, values: Values) -> NDArray[np.floating]:
+    if values == "float16":
+        return array
+    low, high = spec.value_range
+    found = array.astype(np.float32)
+    found += _STEPS // 2
+    found *= np.float32((high - low) / _STEPS)
+    found += low
+    return np.clip(found, low, high, out=found)
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
