@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from .errors import BundleError, InferenceError, InputError
-from .files import sha256_file
+from .files import require_file, sha256_file
 from .inputs import Item
 from .model import Model
 from .results import Prepared
@@ -125,8 +125,7 @@ class Pipeline:
         row = Entry(str(item.path), *(facts or (0, 0)))
         seconds: dict[str, float] = {}
         try:
-            if facts is None:
-                raise InputError(f"{item.path}: no such file")
+            require_file(item.path, "scan")
             start = time.perf_counter()
             row = replace(row, sha256=sha256_file(item.path))
             seconds["hash"] = time.perf_counter() - start

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, InputError
-from .files import atomic_file, sha256_file
+from .files import atomic_file, require_file, sha256_file
 from .inputs import find_items
 from .model import Model
 from .pipeline import file_facts
@@ -116,11 +116,10 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
 
 
 def _prepare(model: Model, task: Task, values: Values, threads: int) -> None:
+    require_file(task.path, "scan")
     facts = file_facts(task.path)
-    if facts is None:
-        raise InputError(f"{task.path}: no such file")
     found = model.prepare(task.path, threads, **task.options)
-    origin = Origin(str(task.path), *facts, sha256_file(task.path), _stated(task.options))
+    origin = Origin(str(task.path), *(facts or (0, 0)), sha256_file(task.path), _stated(task.options))
     if file_facts(task.path) != facts:
         raise InputError(f"{task.path}: changed while it was read; prepare it again")
     scan = PreparedScan(**{field.name: getattr(found, field.name) for field in dataclasses.fields(PreparedScan)})

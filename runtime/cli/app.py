@@ -43,8 +43,8 @@ COMMANDS = {
 }
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir": "export", "transformers": "export",
-           "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "zarr": "store", "scipy": "phantom",
-           "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
+           "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "zarr": "store", "ray": "cluster",
+           "scipy": "phantom", "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 
 class _LazyCommands(click.Group):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -16,6 +17,10 @@ from ..model import Model, load
 from .options import bundle_argument, keep_going_option, model_options, preprocess_option, scan_options
 from .output import announce, print_json, progress, told
 from .scans import for_each_scan
+
+if TYPE_CHECKING:
+    from ..embedding_job import Report
+    from ..pipeline import Settings
 
 _FEW = ".npz"
 #: On a GPU.
@@ -32,6 +37,11 @@ _USUAL_BATCH = 8
               help="Scans that are read at once.  [default: as many as half of the cores]")
 @click.option("--batch", type=click.IntRange(1, 256), metavar="N",
               help="Scans that are computed at once, at most.  [default: 1; on a GPU 8, or what its engine takes]")
+@click.option("--ray", "address", metavar="ADDRESS",
+              help="Compute on a Ray cluster: 'auto', HOST:PORT, or 'local' for processes on this machine.")
+@click.option("--workers", type=click.IntRange(1, 100_000), metavar="N",
+              help="With --ray: processes that hold the model, of --threads CPU slots each.  [default: one for each "
+                   "GPU, or for each CPU slot]")
 @click.option("--retry", is_flag=True, help="Try again scans that failed before and have not changed.")
 @keep_going_option
 @click.option("--json", "as_json", is_flag=True, help="With STORE: print the figures of the run as JSON.")
@@ -40,8 +50,8 @@ _USUAL_BATCH = 8
 @preprocess_option
 def command(
     bundle: Path, inputs: tuple[str, ...], out: Path, split: str | None, readers: int | None, batch: int | None,
-    retry: bool, keep_going: bool, as_json: bool, device: str, threads: int | None, backend: str, precision: str,
-    preprocess: str, no_verify: bool, **read_options: Any,
+    address: str | None, workers: int | None, retry: bool, keep_going: bool, as_json: bool, device: str,
+    threads: int | None, backend: str, precision: str, preprocess: str, no_verify: bool, **read_options: Any,
 ) -> int:
     """Embed scans: files, folders, patterns, or CSV and Parquet lists with a column `path`.
 
@@ -55,30 +65,40 @@ def command(
     model = load(bundle, device, threads, not no_verify, backend, precision, preprocess)
     announce(model)
     if out.suffix == _FEW:
-        for option, value in (("--readers", readers), ("--batch", batch), ("--retry", retry or None),
-                              ("--json", as_json or None)):
-            if value is not None:
-                raise InputError(f"{option}: only for a store; --out {out} is one file")
+        _refuse(f"only for a store; --out {out} is one file", {
+            "--readers": readers, "--batch": batch, "--retry": retry or None, "--json": as_json or None,
+            "--ray": address, "--workers": workers})
         return _write_file(model, find_items(inputs, split, given), out, keep_going)
     from ..embedding_job import EmbeddingJob
-    from ..pipeline import Settings
     from ..store import Identity, Store
 
+    if address is None:
+        _refuse("only with --ray", {"--workers": workers})
     items = list({item.path: item for item in find_items(inputs, split, given)}.values())
     manifest = model.manifest
     identity = Identity(manifest.digest, manifest.encoder, precision, manifest.embedding_dim,
                         manifest.zero_shot.classes if manifest.zero_shot else (),
                         {name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path)
                          else value for name, value in given.items()})
-    cores, limit = Options(threads=threads).thread_count, model.largest_batch
-    if batch is not None and limit is not None and batch > limit:
-        raise InputError(f"--batch {batch}: the engine was built for at most {limit}; build with a larger --max-batch")
-    most = batch or (min(_USUAL_BATCH, limit or _USUAL_BATCH) if device == "cuda" else 1)
-    readers = readers or max(1, cores // 2)
-    settings = Settings(readers, max(1, cores // readers), most, 2 * most)
-    with Store(out, identity) as store, progress(len(items)) as display:
-        job = EmbeddingJob(store, retry, told(display))
-        report = job.run(model, settings, items)
+    if address is None:
+        settings = _settings(model, device, threads, readers, batch)
+        with Store(out, identity, bundle) as store, progress(len(items)) as display:
+            report = EmbeddingJob(store, retry, told(display)).run(model, settings, items)
+    else:
+        from ..cluster import ModelSpec, connect
+
+        spec = ModelSpec(str(bundle.absolute()), manifest.digest, device, backend, precision, preprocess, not no_verify)
+        with connect(address) as cluster:
+            plan = cluster.plan(device, workers, readers, threads, batch or (_USUAL_BATCH if device == "cuda" else 1))
+            with Store(out, identity, bundle) as store, progress(len(items)) as display:
+                report = EmbeddingJob(store, retry, told(display)).collect(
+                    lambda todo: cluster.run(todo, spec, plan, store.index.contents()), items,
+                    plan.settings.readers * plan.count, plan.count)
+    _print(report, out, as_json)
+    return 2 if report.failed else 0
+
+
+def _print(report: Report, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({"embedded": report.embedded, "copied": report.copied, "failed": report.failed,
                     "skipped": report.skipped, "seconds": report.seconds, "scans_per_s": report.scans_per_s,
@@ -90,7 +110,24 @@ def command(
         click.echo(f"{out}: {report.embedded} embedded, {report.copied} with the same content as another, "
                    f"{report.skipped} there already, {report.failed} failed; {report.scans_per_s:.2f} scans/s; busy: "
                    f"{busy}")
-    return 2 if report.failed else 0
+
+
+def _refuse(why: str, options: Mapping[str, object]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise InputError(f"{option}: {why}")
+
+
+def _settings(model: Model, device: str, threads: int | None, readers: int | None, batch: int | None) -> Settings:
+    """On this machine."""
+    from ..pipeline import Settings
+
+    cores, limit = Options(threads=threads).thread_count, model.largest_batch
+    if batch is not None and limit is not None and batch > limit:
+        raise InputError(f"--batch {batch}: the engine was built for at most {limit}; build with a larger --max-batch")
+    most = batch or (min(_USUAL_BATCH, limit or _USUAL_BATCH) if device == "cuda" else 1)
+    readers = readers or max(1, cores // 2)
+    return Settings(readers, max(1, cores // readers), most, 2 * most)
 
 
 def _write_file(model: Model, items: list[Item], out: Path, keep_going: bool) -> int:

@@ -24,7 +24,7 @@ from ..files import atomic_folder
 from .index import Index
 from .rows import Entry, Identity, schema, table
 
-FORMAT = "dcformer-deploy store 1"
+FORMAT = "dcformer-deploy store 2"
 INFO_NAME = "store.json"
 _LOCK_NAME = "lock"
 _PART = re.compile(r"part-(\d{6,})\.parquet")
@@ -38,17 +38,22 @@ class Store:
 
     ``index``: which files it knows, and where which content lies.
 
+    Args:
+        bundle: where it lies, for whoever reads the store; only a new one takes it.
+
     Raises:
         InputError: not a store, of another identity, or in use by another program.
     """
 
-    def __init__(self, folder: Path, identity: Identity) -> None:
+    def __init__(self, folder: Path, identity: Identity, bundle: Path | None = None) -> None:
         self.folder, self._identity = folder, identity
         self._waiting: list[Entry] = []
         self._since = time.monotonic()
         if not folder.exists():
             with atomic_folder(folder) as new:
-                (new / INFO_NAME).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(identity)}, indent=2))
+                info = {"format": FORMAT, "bundle": str(bundle.absolute()) if bundle is not None else None,
+                        **dataclasses.asdict(identity)}
+                (new / INFO_NAME).write_text(json.dumps(info, indent=2))
         _require_same(folder, identity)
         self._lock = _lock(folder)
         try:
@@ -148,8 +153,8 @@ def parts(folder: Path) -> list[Path]:
                   key=_number)
 
 
-def read_info(folder: Path) -> Identity:
-    """Whose results a store holds.
+def read_info(folder: Path) -> tuple[Identity, Path | None]:
+    """Whose results a store holds, and where the bundle lay that they come from.
 
     Raises:
         InputError: not a store, or of another version.
@@ -158,7 +163,9 @@ def read_info(folder: Path) -> Identity:
         content = json.loads((folder / INFO_NAME).read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError
-        return Identity(**{**content, "classes": tuple(content["classes"])})
+        bundle = content.pop("bundle")
+        return (Identity(**{**content, "classes": tuple(content["classes"])}),
+                Path(bundle) if bundle is not None else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: not a store of this version (no usable {INFO_NAME}); `dcformer embed --out` makes "
                          "one") from error
@@ -170,7 +177,7 @@ def read_store(folder: Path) -> pa.Table:
     Raises:
         InputError: not a store.
     """
-    identity = read_info(folder)
+    identity = read_info(folder)[0]
     whole = pa.concat_tables([schema(identity).empty_table(), *(pq.read_table(part) for part in parts(folder))])
     last = {path: index for index, path in enumerate(whole.column("path").to_pylist())}
     found = whole.take(pa.array(sorted(last.values()), pa.int64()))
@@ -178,7 +185,7 @@ def read_store(folder: Path) -> pa.Table:
 
 
 def _require_same(folder: Path, identity: Identity) -> None:
-    there, wanted = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (read_info(folder), identity))
+    there, wanted = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (read_info(folder)[0], identity))
     for name, value in wanted.items():
         if there[name] != value:
             raise InputError(f"{folder}: a store of other results: its {name} is {there[name]!r}, not {value!r}; "
