@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
+from ...runtime.search.exact import nearer
+
 RESAMPLES = 1000
 RECALL_AT = (1, 5, 10, 50, 100)
 _PERCENTILES = (2.5, 97.5)
@@ -88,12 +90,9 @@ def retrieval(queries: Floats, gallery: Floats, seed: int = 0) -> dict[str, Esti
 
     Items equally near (equal reports) share their places, so half of them count as nearer.
     """
-    similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
-    own = np.diag(similarity)[:, None]
-    equal = np.isclose(similarity, own, rtol=0, atol=1e-7)
-    nearer = ((similarity > own) & ~equal).sum(axis=1) + (equal.sum(axis=1) - 1) / 2
+    before = nearer(queries, gallery)
     draws = np.random.default_rng(seed).integers(0, len(queries), (RESAMPLES, len(queries)))
-    hits = {k: nearer < k for k in RECALL_AT}
+    hits = {k: before < k for k in RECALL_AT}
     return {f"R@{k}": _estimate(float(hit.mean()), hit[draws].mean(axis=1)) for k, hit in hits.items()}
 
 

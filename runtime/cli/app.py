@@ -27,6 +27,8 @@ COMMANDS = {
     "inspect": ("inspect", "Show what a bundle holds and check that it is intact."),
     "prepare": ("prepare", "Preprocess scans once, so that evaluation, calibration and the like read them faster."),
     "embed": ("embed", "Embed scans, few or fifty thousand, into a store that is gone on with after any end."),
+    "search": ("search", "Find the scans of a store that are nearest to a text or a scan."),
+    "index": ("index", "Build an approximate index of a store, and measure its recall."),
     "embed-text": ("embed_text", "Embed texts."),
     "zeroshot": ("zeroshot", "Score scans for 18 chest pathologies, or classes of your own, by text prompts."),
     "classify": ("classify", "Score scans with a fine-tuned detector."),
@@ -44,6 +46,7 @@ COMMANDS = {
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir": "export", "transformers": "export",
            "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "zarr": "store", "ray": "cluster",
+           "usearch": "search",
            "scipy": "phantom", "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 

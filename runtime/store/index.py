@@ -82,7 +82,7 @@ class Index:
     def add(self, part: int, rows: Iterable[tuple[str, int, int, str | None, bool]]) -> None:
         """Take a part's rows, in order: path, bytes, changed_ns, sha256, failed. Later ones of a path count."""
         for number, (path, size, changed_ns, sha256, failed) in enumerate(rows):
-            self._new_files[_path_key(path)] = Known(size, changed_ns, failed)
+            self._new_files[path_key(path)] = Known(size, changed_ns, failed)
             if sha256 is not None and not failed:
                 key, rest = _content_key(sha256)
                 self._new_contents[key] = (rest, part, number)
@@ -91,7 +91,7 @@ class Index:
 
     def file(self, path: str) -> Known | None:
         """The last row of a path."""
-        key = _path_key(path)
+        key = path_key(path)
         if key in self._new_files:
             return self._new_files[key]
         at = self._files.get(key)
@@ -115,5 +115,6 @@ class Index:
         self._new_files, self._new_contents = {}, {}
 
 
-def _path_key(path: str) -> int:
+def path_key(path: str) -> int:
+    """64 bits that stand for a path."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "little")

@@ -1,0 +1,150 @@
+"""``dcformer search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.base import MOST_THREADS
+from ..bundle import open_bundle
+from ..errors import InputError
+from ..model import Model, load
+from ..volume.folder import SCANS
+from .options import json_option
+from .output import announce, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from ..search.approximate import Measured
+    from ..search.exact import Found
+    from ..search.gallery import Gallery
+
+#: From so many rows on an index is used if there is one: below, one matrix product answers in a fifth of a second.
+_INDEX_FROM = 1_000_000
+_SHOWN_FINDINGS = 3
+
+
+@click.command("search")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
+@click.option("-k", "count", type=click.IntRange(min=1, max=10_000), default=20, show_default=True,
+              help="How many of the nearest scans to show for each query.")
+@click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR",
+              help="The bundle that the store was made with, if it does not lie where it lay then.")
+@click.option("--exact/--approximate", "exact", default=None,
+              help="Compare with every scan, or ask the index of `dcformer index`.  [default: the index, if there is "
+                   f"one and the store has {_INDEX_FROM:,} scans]")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; default: all usable cores.")
+@json_option
+def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | None, exact: bool | None,
+            threads: int | None, as_json: bool) -> None:
+    """Find the scans in STORE that are nearest to texts or scans.
+
+    A QUERY that ends like a scan's file (.nii, .nii.gz) is one; it is not found itself. Everything else is text, such
+    as a sentence of a report. Nearness is the cosine of embeddings.
+    """
+    from ..search.approximate import nearest_approximately, read_measured
+    from ..search.exact import nearest
+    from ..search.gallery import open_gallery
+
+    with progress() as display:
+        gallery = open_gallery(store, display.stage)
+        measured = None if exact else read_measured(gallery)
+        if exact is False and measured is None:
+            raise InputError(f"--approximate: {store} has no index, or has changed since; `dcformer index {store}` "
+                             "makes one")
+        if exact is None and len(gallery.matrix) < _INDEX_FROM:
+            measured = None
+        display.stage("embedding the queries")
+        embeddings, own = _embed(gallery, queries, bundle, threads)
+        display.stage("searching")
+        # One more, as a scan is the nearest to itself.
+        if measured is None:
+            found = nearest(embeddings, gallery.matrix, count + 1)
+        else:
+            found = nearest_approximately(embeddings, gallery, measured, count + 1)
+    if exact is None and measured is None and len(gallery.matrix) >= _INDEX_FROM:
+        click.echo(f"{len(gallery.matrix)} scans: `dcformer index {store}` would answer faster from now on", err=True)
+    hits = [_hits(gallery, found, number, row, count) for number, row in enumerate(own)]
+    how = "exact" if measured is None else _how(measured)
+    if as_json:
+        print_json({"search": how, "scans": len(gallery.matrix), "results": [
+            {"query": query, "hits": found} for query, found in zip(queries, hits, strict=True)]})
+        return
+    for query, rows in zip(queries, hits, strict=True):
+        print_table(f"{query} ({how}, of {len(gallery.matrix)})", ("scan", "cosine", "highest scores"), (
+            (hit["path"], f"{hit['cosine']:.4f}", _highest(hit["scores"])) for hit in rows))
+
+
+def _embed(gallery: Gallery, queries: tuple[str, ...], bundle: Path | None, threads: int | None
+           ) -> tuple[NDArray[np.float32], list[int | None]]:
+    """Unit rows ``[queries, d]``, and the rows of those that are scans of the store as they are now."""
+    from ..pipeline import file_facts
+
+    model: Model | None = None
+    rows: list[NDArray[np.float32]] = []
+    own: list[int | None] = []
+    for query in queries:
+        if not query.strip():
+            raise InputError("QUERY: an empty text; expected words, or a scan")
+        is_scan = query.endswith(SCANS)
+        row = gallery.row_of(Path(query)) if is_scan else None
+        entry = gallery.entry(row) if row is not None else {}
+        if row is not None and file_facts(Path(query)) not in (None, (entry["bytes"], entry["changed_ns"])):
+            row = None  # another scan by now; what the store has of it is found, if it is near
+        own.append(row)
+        if row is not None:
+            rows.append(np.asarray(gallery.matrix[row]))
+            continue
+        model = model or open_model(gallery, bundle, threads)
+        rows.append(model.embed_image(query, **_options(gallery)) if is_scan else model.embed_text(query)[0])
+    return np.stack(rows), own
+
+
+def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Model:
+    """The model that a store's embeddings come from.
+
+    Raises:
+        InputError: it does not lie where it lay then, or is another one.
+    """
+    from ..store.store import read_info
+
+    folder = bundle or read_info(gallery.store)[1]
+    if folder is None or not folder.exists():
+        raise InputError(f"{folder or 'bundle'}: the bundle of {gallery.store} is not there; pass --bundle DIR")
+    digest = open_bundle(folder, verify=False).manifest.digest
+    if digest != gallery.identity.manifest_sha256:
+        raise InputError(f"{folder}: not the bundle of {gallery.store} (manifest {digest[:12]}…, the store says "
+                         f"{gallery.identity.manifest_sha256[:12]}…); pass --bundle DIR")
+    model = load(folder, threads=threads, precision=gallery.identity.precision)
+    announce(model)
+    return model
+
+
+def _options(gallery: Gallery) -> dict[str, Any]:
+    return dict(gallery.identity.options)
+
+
+def _hits(gallery: Gallery, found: Found, query: int, own: int | None, count: int) -> list[dict[str, Any]]:
+    pairs = [(int(row), float(cosine)) for row, cosine in zip(found.rows[query], found.cosines[query], strict=True)
+             if row != own][:count]
+    hits = []
+    for row, cosine in pairs:
+        entry = gallery.entry(row)
+        scores = entry["scores"] if gallery.identity.classes else None
+        hits.append({"path": entry["path"], "cosine": cosine,
+                     "scores": dict(zip(gallery.identity.classes, scores or (), strict=True))})
+    return hits
+
+
+def _how(measured: Measured) -> str:
+    recall = ", ".join(f"{value:.3f} for {kind}" for kind, value in measured.recall.items())
+    return f"approximate, recall@{measured.k} {recall}"
+
+
+def _highest(scores: dict[str, float]) -> str:
+    highest = sorted(scores.items(), key=lambda item: -item[1])[:_SHOWN_FINDINGS]
+    return ", ".join(f"{name} {score:.2f}" for name, score in highest)

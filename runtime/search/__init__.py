@@ -1,0 +1,1 @@
+"""The nearest of many embeddings: exactly, or by an approximate index whose recall is measured."""

@@ -1,0 +1,56 @@
+"""Exact search: blocks of one matrix product, so that the gallery may be larger than memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Rows of the gallery at once: 128 MB of 512 float32.
+_BLOCK = 1 << 16
+#: Cosines that differ by less are equal: those of equal texts, for example.
+_EQUAL = 1e-7
+
+
+@dataclass(frozen=True)
+class Found:
+    """The nearest rows ``[queries, k]`` of the gallery, the nearest first, with their cosines."""
+
+    rows: NDArray[np.int64]
+    cosines: NDArray[np.float32]
+
+
+def nearest(queries: NDArray[np.float32], gallery: NDArray[np.float32], k: int) -> Found:
+    """The ``k`` rows of the gallery ``[n, d]`` with the largest product with each query ``[q, d]``, fewer if n < k."""
+    rows, values = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+    for start in range(0, len(gallery), _BLOCK):
+        product = queries @ np.asarray(gallery[start : start + _BLOCK]).T
+        best = _largest(product, k)
+        rows = np.concatenate([rows, best + start], axis=1)
+        values = np.concatenate([values, np.take_along_axis(product, best, axis=1)], axis=1)
+        kept = _largest(values, k)
+        rows, values = np.take_along_axis(rows, kept, axis=1), np.take_along_axis(values, kept, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    return Found(np.take_along_axis(rows, order, axis=1), np.take_along_axis(values, order, axis=1))
+
+
+def nearer(queries: NDArray[np.floating], gallery: NDArray[np.floating]) -> NDArray[np.float64]:
+    """For each query ``[n, d]``, how many rows of the gallery ``[n, d]`` are nearer to it than the one of its number.
+
+    Rows as near as that (equal reports) share their places, so half of them count as nearer.
+    """
+    exact = queries.astype(np.float64)
+    own = np.einsum("nd,nd->n", exact, gallery.astype(np.float64))[:, None]
+    count = np.full(len(queries), -0.5)  # itself is as near as itself
+    for start in range(0, len(gallery), _BLOCK):
+        difference = exact @ gallery[start : start + _BLOCK].astype(np.float64).T - own
+        count += (difference > _EQUAL).sum(axis=1) + (np.abs(difference) <= _EQUAL).sum(axis=1) / 2
+    return count
+
+
+def _largest(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Columns of the ``k`` largest of each row, in any order."""
+    if values.shape[1] <= k:
+        return np.broadcast_to(np.arange(values.shape[1]), values.shape)
+    return np.argpartition(-values, k - 1, axis=1)[:, :k]
