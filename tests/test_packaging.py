@@ -35,12 +35,11 @@ def test_every_package_is_listed():
 def test_only_export_and_dev_bring_torch():
     parser = setup_cfg()
     extras = dict(parser["options.extras_require"])
-    assert set(extras) == {"bench", "calibration", "cpu", "cuda", "evaluate", "export", "openvino", "phantom",
-                           "store", "tensorrt", "tensorrt-rtx", "dev"}
-    for name in ("bench", "cpu", "cuda", "evaluate", "openvino", "phantom", "store", "tensorrt", "tensorrt-rtx"):
+    for name in set(extras) - {"calibration", "dev", "export"}:
         assert not any(word in extras[name].split() for word in ("torch", "transformers", "onnx"))
     assert "torch" in extras["export"]
-    assert "dcformer-deploy[bench,calibration,cpu,evaluate,export,openvino,phantom,store]" in extras["dev"]
+    gpu = {"cuda", "tensorrt", "tensorrt-rtx"}  # not on every machine
+    assert f"dcformer-deploy[{','.join(sorted(set(extras) - gpu - {'dev'}))}]" in extras["dev"]
     base = {line.split()[0] for line in parser["options"]["install_requires"].strip().splitlines()}
     assert base == {"numpy", "nibabel", "isal", "tokenizers", "dacite", "click", "rich"}
 

@@ -174,7 +174,7 @@ def test_by_the_index(embedded: Path, scans: Path, tmp_path: Path, capsys, monke
     plain = _search(capsys, store, "Emphysema.")
     assert plain["search"] == "exact"
     hits, exact_hits = found["results"][0]["hits"], plain["results"][0]["hits"]
-    assert [hit["path"] for hit in hits] == [hit["path"] for hit in exact_hits]
+    assert {hit["path"] for hit in hits} == {hit["path"] for hit in exact_hits}
     assert [hit["cosine"] for hit in hits] == pytest.approx([hit["cosine"] for hit in exact_hits], abs=1e-6)
     monkeypatch.setattr(command, "_INDEX_FROM", 3)  # as if it were large: the index by default
     assert _search(capsys, store, "Emphysema.")["search"].startswith("approximate")
