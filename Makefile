@@ -15,6 +15,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Triton's own server, for its tests; where its wheel does not fit the system, they are skipped and say so.
+$(VENV)/triton-server/ready: $(READY) tests/triton_server.py
+	$(BIN)/python tests/triton_server.py $(VENV)/triton-server || echo "no Triton server: its tests are skipped"
+
 # A phantom with known findings in, the trained demo model's scores out beside the truth, with a picture of the slices.
 demo: $(READY)
 	$(BIN)/dcformer phantom --n 1 --seed $(SEED) --out demo/phantom --force
@@ -82,10 +86,10 @@ gpu-check: $(READY)
 	  --out $(GPU_RESULTS) && exit $$failed
 
 # Two processes: most of a test is Python, on one core.
-test: $(READY)
+test: $(READY) $(VENV)/triton-server/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(READY)
+test-all: $(READY) $(VENV)/triton-server/ready
 	$(BIN)/python -m pytest -m ""
 
 lint: $(READY)

@@ -186,8 +186,11 @@ class Model:
             InputError: no text, or something that is no text.
             BundleError: the bundle has no tokenizer.
         """
-        ids, mask = self._tokenizer.encode([texts] if isinstance(texts, str) else list(texts))
-        return self.embed_tokens(ids, mask)
+        return self.embed_tokens(*self.tokenize(texts))
+
+    def tokenize(self, texts: Iterable[str] | str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids and attention mask ``[n, length]`` of texts. Warns and raises as ``embed_text``."""
+        return self._tokenizer.encode([texts] if isinstance(texts, str) else list(texts))
 
     def embed_tokens(self, ids: NDArray[np.integer], mask: NDArray[np.integer]) -> NDArray[np.float32]:
         """Text embeddings ``[n, 512]`` of token ids ``[n, length]`` with their attention mask (1 = token).

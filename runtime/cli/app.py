@@ -29,6 +29,7 @@ COMMANDS = {
     "embed": ("embed", "Embed scans, few or fifty thousand, into a store that is gone on with after any end."),
     "search": ("search", "Find the scans of a store that are nearest to a text or a scan."),
     "index": ("index", "Build an approximate index of a store, and measure its recall."),
+    "triton": ("triton", "Write a model repository for NVIDIA's Triton Inference Server."),
     "embed-text": ("embed_text", "Embed texts."),
     "zeroshot": ("zeroshot", "Score scans for 18 chest pathologies, or classes of your own, by text prompts."),
     "classify": ("classify", "Score scans with a fine-tuned detector."),
@@ -46,7 +47,7 @@ COMMANDS = {
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir": "export", "transformers": "export",
            "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "zarr": "store", "ray": "cluster",
-           "usearch": "search",
+           "usearch": "search", "tritonclient": "triton", "google": "triton",
            "scipy": "phantom", "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 
