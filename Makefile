@@ -7,7 +7,7 @@ MODEL := benchmarks/phantom/model
 SEED ?= 8
 CLINICAL := demo/clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
 
-.PHONY: demo bench train evaluate retention throughput gpu-check test test-all lint clean
+.PHONY: demo bench train evaluate retention throughput indexes gpu-check test test-all lint clean
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -54,6 +54,11 @@ throughput: $(READY)
 	  for m in $$(seq $$n); do gzip -c </dev/null >> demo/throughput/scans/$$n.nii.gz; done; done
 	$(BIN)/python -m dcformer_deploy.benchmarks.throughput demo/throughput/nano demo/throughput/scans \
 	  --out benchmarks/results --name throughput-clinical
+
+# Exact search beside approximate indexes; faiss is no part of this project, only its rival here.
+indexes: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check faiss-cpu
+	$(BIN)/python -m dcformer_deploy.benchmarks.indexes --rows 50000 --out benchmarks/results
 
 # How the demo model was trained: painting 20 minutes, training about an hour on 2 cores (benchmarks/phantom/model).
 train: $(READY)
