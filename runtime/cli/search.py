@@ -18,9 +18,9 @@ from .options import json_option
 from .output import announce, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from ..search.approximate import Measured
     from ..search.exact import Found
     from ..search.gallery import Gallery
+    from ..search.recall import Measured
 
 #: From so many rows on an index is used if there is one: below, one matrix product answers in a fifth of a second.
 _INDEX_FROM = 1_000_000
@@ -46,9 +46,9 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
     A QUERY that ends like a scan's file (.nii, .nii.gz) is one; it is not found itself. Everything else is text, such
     as a sentence of a report. Nearness is the cosine of embeddings.
     """
-    from ..search.approximate import nearest_approximately, read_measured
     from ..search.exact import nearest
     from ..search.gallery import open_gallery
+    from ..search.recall import read_measured
 
     with progress() as display:
         gallery = open_gallery(store, display.stage)
@@ -65,6 +65,8 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
         if measured is None:
             found = nearest(embeddings, gallery.matrix, count + 1)
         else:
+            from ..search.approximate import nearest_approximately
+
             found = nearest_approximately(embeddings, gallery, measured, count + 1)
     if exact is None and measured is None and len(gallery.matrix) >= _INDEX_FROM:
         click.echo(f"{len(gallery.matrix)} scans: `dcformer index {store}` would answer faster from now on", err=True)

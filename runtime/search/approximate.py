@@ -8,41 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
 from usearch.index import Index
 
-from ..errors import InputError
 from ..files import atomic_file
 from .exact import Found, nearest
 from .gallery import Gallery
+from .recall import INDEX_NAME, RECALL_NAME, Measured, damaged
 
-_INDEX, _INFO = "approximate.usearch", "approximate.json"
 #: Neighbours of each node, and how many candidates are looked at when a row is added.
 _CONNECTIVITY, _EXPANSION_ADD = 32, 128
 #: Candidates that are looked at in a search: the first that reaches the recall is kept.
 _EXPANSIONS = (32, 64, 128, 256, 512, 1024)
 _PROBES = 256
 _BLOCK = 1 << 14
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An index. ``recall``: share of the exact ``k`` nearest that are found, by kind of query, of ``probes`` each."""
-
-    rows: int
-    k: int
-    expansion: int
-    recall: dict[str, float]
-    probes: dict[str, int]
-
-    @property
-    def least_recall(self) -> float:
-        """Of the worst kind."""
-        return min(self.recall.values())
 
 
 def build_index(gallery: Gallery, k: int, target: float, texts: NDArray[np.float32],
@@ -76,22 +58,11 @@ def build_index(gallery: Gallery, k: int, target: float, texts: NDArray[np.float
 
     tried = map(measure, _EXPANSIONS[:-1])
     measured = next((one for one in tried if one.least_recall >= target), None) or measure(_EXPANSIONS[-1])
-    with atomic_file(gallery.folder / _INDEX) as temporary:
+    with atomic_file(gallery.folder / INDEX_NAME) as temporary:
         index.save(str(temporary))
-    with atomic_file(gallery.folder / _INFO) as temporary:
+    with atomic_file(gallery.folder / RECALL_NAME) as temporary:
         temporary.write_text(json.dumps(asdict(measured)))
     return measured
-
-
-def read_measured(gallery: Gallery) -> Measured | None:
-    """What is known of the index of a gallery; None without one."""
-    try:
-        measured = Measured(**json.loads((gallery.folder / _INFO).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(gallery.folder / _INFO, error) from error
-    return measured if (gallery.folder / _INDEX).is_file() else None
 
 
 def nearest_approximately(queries: NDArray[np.float32], gallery: Gallery, measured: Measured, k: int) -> Found:
@@ -100,13 +71,13 @@ def nearest_approximately(queries: NDArray[np.float32], gallery: Gallery, measur
     Raises:
         InputError: the index is damaged.
     """
-    path = gallery.folder / _INDEX
+    path = gallery.folder / INDEX_NAME
     try:
         index = Index.restore(str(path), view=True)
     except (RuntimeError, ValueError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if index is None or len(index) != len(gallery.matrix) or index.ndim != gallery.matrix.shape[1]:
-        raise _damaged(path, ValueError("of another store"))
+        raise damaged(path, ValueError("of another store"))
     index.expansion_search = max(measured.expansion, k)
     rows = _search(index, queries, k)
     cosines = np.einsum("qd,qkd->qk", queries, np.asarray(gallery.matrix[rows]))
@@ -121,7 +92,3 @@ def _search(index: Index, queries: NDArray[np.float32], k: int) -> NDArray[np.in
 def _recall(found: NDArray[np.int64], exact: Found) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), exact.rows.tolist(),
                                                                      strict=True)]))
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: damaged ({error}); `dcformer index STORE` makes it anew")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from dcformer_deploy.runtime import InputError, load
 from dcformer_deploy.runtime.cli.app import main
-from dcformer_deploy.runtime.search import approximate, exact
+from dcformer_deploy.runtime.search import approximate, exact, recall
 from dcformer_deploy.runtime.search.gallery import FOLDER, open_gallery
 from dcformer_deploy.runtime.store import Entry, Identity, Store
 from dcformer_deploy.runtime.store import store as store_module
@@ -95,16 +96,15 @@ def test_recall_is_measured_and_kept(tmp_path: Path):
     rows = _unit(6000, 1)
     gallery = open_gallery(_store(tmp_path / "s", rows))
     texts = -_unit(20, 5)  # far from every scan
-    assert approximate.read_measured(gallery) is None
+    assert recall.read_measured(gallery) is None
     measured = approximate.build_index(gallery, 10, 0.98, texts)
-    assert approximate.read_measured(gallery) == measured
+    assert recall.read_measured(gallery) == measured
     assert measured.least_recall >= 0.98
     assert measured.probes == {"scans": 256, "texts": 20}
     queries = _unit(100, 9)
     found = approximate.nearest_approximately(queries, gallery, measured, 10)
     right = exact.nearest(queries, rows, 10)
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.rows, right.rows, strict=True)])
-    assert recall > 0.95
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.rows, right.rows, strict=True)]) > 0.95
     np.testing.assert_allclose(found.cosines, np.einsum("qd,qkd->qk", queries, rows[found.rows]), atol=1e-6)
     assert (np.diff(found.cosines, axis=1) <= 0).all()
     # What is asked for decides how many candidates are looked at.
@@ -112,7 +112,7 @@ def test_recall_is_measured_and_kept(tmp_path: Path):
     assert approximate.build_index(gallery, 10, 1.1, texts).expansion == 1024
     with Store(tmp_path / "s", IDENTITY) as store:
         store.append(_entry("/scans/new.nii.gz", _unit(1, 3)[0]))
-    assert approximate.read_measured(open_gallery(tmp_path / "s")) is None  # of the store as it was
+    assert recall.read_measured(open_gallery(tmp_path / "s")) is None  # of the store as it was
 
 
 def test_damage_is_told(tmp_path: Path):
@@ -124,7 +124,7 @@ def test_damage_is_told(tmp_path: Path):
         approximate.nearest_approximately(_unit(1, 2), gallery, measured, 3)
     (gallery.folder / "approximate.json").write_text("{")
     with pytest.raises(InputError, match="approximate.json: damaged"):
-        approximate.read_measured(gallery)
+        recall.read_measured(gallery)
     (gallery.folder / "rows.arrow").write_bytes(b"")
     with pytest.raises(InputError, match="damaged .*remove this folder, it will be made anew"):
         open_gallery(tmp_path / "s")
@@ -158,6 +158,14 @@ def test_texts_and_scans(pristine_bundle: Path, embedded: Path, scans: Path, tmp
     assert len(scan) == 3
     assert copy[0]["path"] == str(scans / "b.nii.gz")  # the same scan from elsewhere
     assert copy[0]["cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_exact_search_needs_no_usearch(embedded: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    monkeypatch.delitem(sys.modules, "dcformer_deploy.runtime.search.approximate")
+    assert _search(capsys, embedded, "Emphysema.")["search"] == "exact"
+    assert main(["index", str(embedded)]) == 3
+    assert "usearch.index is not installed; " in capsys.readouterr().err
 
 
 def test_by_the_index(embedded: Path, scans: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
