@@ -32,7 +32,9 @@ from ..runtime.store.store import parts
 from .capacity import ARCHIVES, Steps, plan_rows
 
 LOOP = "plain loop"
-PREPARED = "prepared scans, 1 reader"
+PREPARED = "embed of prepared scans"
+#: As on a GPU: one thread reads, another computes.
+APART = "reading beside inference"
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,15 @@ def measure(bundle: Path, scans: Sequence[Item], rounds: int, workers: Sequence[
     prepare_all(model, find_tasks([item.path for item in scans], None, {}, prepared), "int16", 1, cores)
     contenders: dict[str, Callable[[], Report]] = {LOOP: lambda: _loop(model, scans)}
     for count in workers:
-        settings = Settings(count, max(1, cores // count), 1, 2)
+        settings = Settings(count, max(1, cores // count), together=True)
+        shared = load(bundle, threads=settings.threads)
         contenders[f"embed, {count} reader{'s' * (count > 1)}"] = (
-            lambda settings=settings: _embed(model, scans, settings, scratch))
-    contenders[PREPARED] = lambda: _embed(model, find_items([prepared], None, {}), Settings(1, cores, 1, 2), scratch)
+            lambda shared=shared, settings=settings: _embed(shared, scans, settings, scratch))
+        if count == max(workers):
+            contenders[f"{PREPARED}, {count} reader{'s' * (count > 1)}"] = (
+                lambda shared=shared, settings=settings: _embed(shared, find_items([prepared], None, {}), settings,
+                                                                scratch))
+    contenders[APART] = lambda: _embed(model, scans, Settings(1, cores, 1, 2), scratch)
     with connect(LOCAL) as cluster:
         for count in workers:
             contenders[f"embed --ray, {count} process{'es' * (count > 1)}"] = (

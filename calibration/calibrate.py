@@ -13,8 +13,8 @@ from ..runtime.backends import Options
 from ..runtime.bundle import Bundle
 from ..runtime.cli.output import Stages
 from ..runtime.errors import BundleError, DcformerWarning, InputError
-from ..runtime.files import sha256_file
 from ..runtime.manifest import Graph
+from ..runtime.scan_files import sha256_scan
 from ..runtime.volume import ReadOptions, read_feeds
 from .compensate import Correlations
 from .layers import quantizable_layers
@@ -73,7 +73,7 @@ def observe(bundle: Bundle, scans: Sequence[Scan], count: int, state: Path, opti
             warnings.warn(f"left out: {error}", DcformerWarning, stacklevel=2)
             continue
         observer.observe(feeds)
-        done[scan.path] = sha256_file(scan.path)
+        done[scan.path] = sha256_scan(scan.path)
         observer.correlations.save(_correlations_of(state))
         write_record(state, _record(model, done, observer))
         display.advance()
@@ -106,7 +106,7 @@ def _resume(state: Path, model: str, scans: Sequence[Scan], observer: Observer) 
     except InputError:  # of another model, or cut off: observed anew
         return {}
     by_name = {scan.path.name: scan.path for scan in scans}
-    done = {by_name[name]: sha256_file(by_name[name]) for name in record.scans if name in by_name}
+    done = {by_name[name]: sha256_scan(by_name[name]) for name in record.scans if name in by_name}
     if len(done) != len(record.scans) or data_digest(done.values()) != record.data:
         return {}
     observer.histograms.update(record.histograms)

@@ -26,7 +26,8 @@ from ray.exceptions import RayError
 from .errors import BundleError, DcformerError, DeviceUnavailable, InputError
 from .inputs import Item
 from .model import Model, load
-from .pipeline import Outcome, Pipeline, Settings, file_facts
+from .pipeline import Outcome, Pipeline, Settings
+from .scan_files import file_facts
 from .store import Entry
 from .store.index import Contents
 
@@ -98,7 +99,9 @@ class _Worker:
     def _model(self) -> Model:
         """Loaded by the first task: its errors reach the user, while those of a start make Ray start again."""
         spec = self._spec
-        model = load(spec.bundle, spec.device, self._workers.cpus, spec.verify, spec.backend, spec.precision,
+        settings = self._workers.settings
+        threads = settings.threads if settings.together else self._workers.cpus
+        model = load(spec.bundle, spec.device, threads, spec.verify, spec.backend, spec.precision,
                      spec.preprocess)
         if model.manifest.digest != spec.digest:
             raise BundleError(f"{spec.bundle}: another bundle on {socket.gethostname()} than where the job was "
@@ -168,7 +171,8 @@ class Cluster:
             raise DeviceUnavailable(f"--ray {self.address}: {self.cpus} CPU and {self.gpus} GPU slots; not enough for "
                                     f"{workers or 1} workers of {cpus} CPUs and {gpus} GPUs")
         at_once = readers or max(1, cpus - gpus)
-        return Workers(workers or most, cpus, gpus, Settings(at_once, max(1, cpus // at_once), batch, 2 * batch))
+        return Workers(workers or most, cpus, gpus,
+                       Settings(at_once, max(1, cpus // at_once), batch, 2 * batch, together=device == "cpu"))
 
     def run(self, items: Iterator[Item], spec: ModelSpec, workers: Workers, contents: Contents) -> Iterator[Outcome]:
         """One outcome for each scan, in any order.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .inputs import Item
 from .model import Model
-from .pipeline import STEPS, Outcome, Pipeline, Settings, file_facts
+from .pipeline import STEPS, Outcome, Pipeline, Settings
+from .scan_files import file_facts
 from .store import Entry, Store
 
 #: What readers do.
@@ -79,7 +80,7 @@ class EmbeddingJob:
             BundleError, InferenceError: of the model; what was finished before is in the store.
         """
         pipeline = Pipeline(model, settings, self.is_known)
-        return self.collect(pipeline.run, items, readers=settings.readers, models=1)
+        return self.collect(pipeline.run, items, settings.readers, settings.readers if settings.together else 1)
 
     def collect(self, outcomes: Callable[[Iterator[Item]], Iterable[Outcome]], items: Iterable[Item], readers: int,
                 models: int) -> Report:

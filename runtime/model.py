@@ -80,21 +80,23 @@ class Model:
     def preprocess(
         self, path: str | Path, spacing: Sequence[float] | None = None, slope: float | None = None,
         intercept: float | None = None, orientation: str | None = None, metadata: str | Path | None = None,
+        series: str | None = None, resample_irregular: bool | None = None,
     ) -> NDArray[np.float32]:
         """Read a NIfTI scan into the image tower's input: ``[D, H, W]`` float32, in [-1, 1] (the manifest tells).
 
         Args:
-            path: ``.nii`` or ``.nii.gz``, or what `dcformer prepare` made of one: then the volume is zero where the
-                image tower does not look.
+            path: ``.nii`` or ``.nii.gz``; a folder or zip of DICOM files; or what `dcformer prepare` made of either:
+                then the volume is zero where the image tower does not look.
             spacing: mm along the stored axes, (x, y, z) or (xy, z); None = the header's.
             slope, intercept: HU = slope * value + intercept, on top of the file's own scaling; None = 1 and 0.
             orientation: "as-stored" ignores the header's directions; None reorients to the manifest's orientation.
             metadata: CSV with CT-RATE's columns, for files with blank headers.
+            series, resample_irregular: for DICOM, as in ``ReadOptions``.
 
         Raises:
             InputError: anything about the file that would have to be guessed; the message says what to pass.
         """
-        options = ReadOptions(spacing, slope, intercept, orientation, metadata)
+        options = ReadOptions(spacing, slope, intercept, orientation, metadata, series, resample_irregular)
         return prepare_scan(path, self.manifest.preprocessing, options, self._options.thread_count,
                             self._info("image").inputs)
 
@@ -289,7 +291,7 @@ class Model:
             with _timed(timings, "read"):
                 found = open_prepared(scan, spec, inputs, ReadOptions(**read_options))
             return Prepared(str(scan), dict(found.feeds), found.shape_hwd, found.spacing_hwd_mm, found.orientation,
-                            found.hounsfield, timings)
+                            found.hounsfield, found.notes, timings)
         with _timed(timings, "read"):
             volume = read_scan(scan, spec, ReadOptions(**read_options))
         with _timed(timings, "preprocess"):
@@ -300,7 +302,7 @@ class Model:
             else:
                 feeds = scan_feeds(inputs, volume, spec, threads or self._options.thread_count)
         return Prepared(str(scan), feeds, volume.stored.shape, volume.spacing_hwd_mm, volume.orientation,
-                        ", then ".join(map(str, volume.scaling)) or None, timings)
+                        ", then ".join(map(str, volume.scaling)) or None, "; ".join(volume.notes) or None, timings)
 
     def _embed(self, feeds: dict[str, Any]) -> NDArray[np.float32]:
         return self._graph("image").run(feeds, ["image_embedding"])[0][0]

@@ -1,7 +1,8 @@
 """Many scans through one model: reading and inference at the same time, in memory that does not grow.
 
 Readers are threads (decompression and sampling leave Python's lock), each at one scan; at most ``waiting`` scans are
-read and not yet computed. Inference takes what is ready, up to a batch.
+read and not yet computed. Inference takes what is ready, up to a batch. On CPUs, where reading and inference want the
+same cores, each reader computes what it has read instead: nobody waits for anybody, and no core has two to serve.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from .errors import BundleError, InferenceError, InputError
-from .files import require_file, sha256_file
 from .inputs import Item
 from .model import Model
 from .results import Prepared
+from .scan_files import file_facts, require_scan, sha256_scan
 from .store.rows import Entry
 
 Kind = Literal["embedded", "copied", "failed"]
@@ -33,13 +33,15 @@ class Settings:
     """How much at once.
 
     ``readers``: scans that are read. ``threads``: that each of these is preprocessed with. ``batch``: largest of an
-    inference. ``waiting``: scans that may wait for it.
+    inference. ``waiting``: scans that may wait for it. ``together``: readers compute what they read, and the last two
+    do not apply.
     """
 
     readers: int = 1
     threads: int = 1
     batch: int = 1
     waiting: int = 4
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,17 @@ class _Read:
     prepared: Prepared | None = None
 
 
+_Queue = queue.SimpleQueue[_Read | BaseException]
+
+
+def _taken(arrived: _Queue) -> _Read:
+    """The next result; raises what a reader raised."""
+    found = arrived.get()
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
 class Pipeline:
     """Turns scans into rows.
 
@@ -80,38 +93,52 @@ class Pipeline:
             BundleError, InferenceError: of the model.
         """
         pool = ThreadPoolExecutor(self._settings.readers, thread_name_prefix="reader")
+        feed = self._together if self._settings.together else self._apart
         try:
-            yield from self._feed(pool, iter(items), queue.SimpleQueue())
+            yield from feed(pool, iter(items), queue.SimpleQueue())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _feed(self, pool: ThreadPoolExecutor, todo: Iterator[Item],
-              arrived: queue.SimpleQueue[_Read | BaseException]) -> Iterator[Outcome]:
+    def _together(self, pool: ThreadPoolExecutor, todo: Iterator[Item], arrived: _Queue) -> Iterator[Outcome]:
+        """Keep readers at work; each hands on what it has computed."""
+        in_flight = 0
+        while True:
+            while in_flight < self._settings.readers and (item := next(todo, None)) is not None:
+                pool.submit(self._hand_on, arrived, item, compute=True)
+                in_flight += 1
+            if not in_flight:
+                return
+            yield _taken(arrived).outcome
+            in_flight -= 1
+
+    def _hand_on(self, arrived: _Queue, item: Item, compute: bool) -> None:
+        """What a reader does."""
+        try:
+            found = self._read(item)
+            if compute and found.prepared is not None:
+                (outcome,) = self._compute([found])
+                found = _Read(outcome)
+            arrived.put(found)
+        except BaseException as error:  # handed to the thread that waits
+            arrived.put(error)
+
+    def _apart(self, pool: ThreadPoolExecutor, todo: Iterator[Item], arrived: _Queue) -> Iterator[Outcome]:
         """Keep readers at work and compute what arrives."""
         in_flight, ready, exhausted = 0, list[_Read](), False
         most = self._settings.readers + self._settings.waiting
-
-        def read(item: Item) -> None:
-            try:
-                arrived.put(self._read(item))
-            except BaseException as error:  # handed to the thread that waits
-                arrived.put(error)
-
         while True:
             while not exhausted and in_flight + len(ready) < most:
                 item = next(todo, None)
                 exhausted = item is None
                 if item is not None:
-                    pool.submit(read, item)
+                    pool.submit(self._hand_on, arrived, item, compute=False)
                     in_flight += 1
             if not in_flight and not ready:
                 return
             # Wait only if nothing is ready: a batch that is not full is better than a model that has nothing to do.
             if in_flight and (not ready or (len(ready) < self._settings.batch and not arrived.empty())):
-                found = arrived.get()
+                found = _taken(arrived)
                 in_flight -= 1
-                if isinstance(found, BaseException):
-                    raise found
                 if found.prepared is not None:
                     ready.append(found)
                 else:
@@ -125,9 +152,9 @@ class Pipeline:
         row = Entry(str(item.path), *(facts or (0, 0)))
         seconds: dict[str, float] = {}
         try:
-            require_file(item.path, "scan")
+            require_scan(item.path)
             start = time.perf_counter()
-            row = replace(row, sha256=sha256_file(item.path))
+            row = replace(row, sha256=sha256_scan(item.path))
             seconds["hash"] = time.perf_counter() - start
             # A table of metadata says different things of files with the same content.
             if "metadata" not in item.options and self._is_known(row.sha256 or ""):
@@ -142,7 +169,8 @@ class Pipeline:
             return _Read(Outcome(replace(row, sha256=None, error=str(error)), "failed", seconds))
         return _Read(Outcome(replace(
             row, shape_hwd=prepared.shape_hwd, orientation=prepared.orientation,
-            spacing_hwd_mm=prepared.spacing_hwd_mm, hounsfield=prepared.hounsfield), "embedded", seconds), prepared)
+            spacing_hwd_mm=prepared.spacing_hwd_mm, hounsfield=prepared.hounsfield,
+            notes=prepared.notes), "embedded", seconds), prepared)
 
     def _compute(self, reads: list[_Read]) -> Iterator[Outcome]:
         start = time.perf_counter()
@@ -166,12 +194,3 @@ class Pipeline:
             else:
                 told = f"{row.path}: its embedding holds NaN or infinite values"
                 yield Outcome(replace(row, error=told), "failed", seconds)
-
-
-def file_facts(path: Path) -> tuple[int, int] | None:
-    """Size and time of change; None without the file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, InputError
-from .files import atomic_file, require_file, sha256_file
+from .files import atomic_file
 from .inputs import find_items
 from .model import Model
-from .pipeline import file_facts
+from .scan_files import file_facts, require_scan, sha256_scan
 from .volume.folder import METADATA_COLUMNS, NAME_COLUMN, table_header
 from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, read_origin, write_prepared
 
@@ -54,11 +54,19 @@ def find_tasks(inputs: Sequence[str | Path], split: str | None, options: Mapping
         for item in find_items([given], split, options):
             if is_prepared(item.path):
                 raise InputError(f"{item.path}: prepared already; name the scan itself")
-            place = item.path.relative_to(folder) if folder is not None else Path(item.path.name)
-            task = Task(item.path, item.options, out / place.with_name(place.name + SUFFIX))
+            within = folder is not None and item.path != folder
+            place = item.path.relative_to(folder or "/") if within else Path(item.path.name)
+            task = Task(item.path, item.options, out / place.with_name(_name(place)))
             if (other := tasks.setdefault(task.out, task)).path != task.path:
                 raise InputError(f"{task.path} and {other.path} have the same name; prepare them into two folders")
     return list(tasks.values())
+
+
+def _name(path: Path) -> str:
+    """Of the prepared scan; one that is DICOM is named as if it had been converted, as tables would call it."""
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        return path.name + SUFFIX
+    return (path.stem if path.suffix.lower() in (".zip", ".dcm") else path.name) + ".nii.gz" + SUFFIX
 
 
 def copy_tables(inputs: Iterable[str | Path], out: Path) -> list[Path]:
@@ -103,7 +111,7 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
         try:
             if done():
                 counts["prepared"] += 1
-                before, after = before + task.path.stat().st_size, after + task.out.stat().st_size
+                before, after = before + (file_facts(task.path) or (0,))[0], after + task.out.stat().st_size
             else:
                 counts["skipped"] += 1
         except BundleError:
@@ -116,10 +124,10 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
 
 
 def _prepare(model: Model, task: Task, values: Values, threads: int) -> None:
-    require_file(task.path, "scan")
+    require_scan(task.path)
     facts = file_facts(task.path)
     found = model.prepare(task.path, threads, **task.options)
-    origin = Origin(str(task.path), *(facts or (0, 0)), sha256_file(task.path), _stated(task.options))
+    origin = Origin(str(task.path), *(facts or (0, 0)), sha256_scan(task.path), _stated(task.options))
     if file_facts(task.path) != facts:
         raise InputError(f"{task.path}: changed while it was read; prepare it again")
     scan = PreparedScan(**{field.name: getattr(found, field.name) for field in dataclasses.fields(PreparedScan)})

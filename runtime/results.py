@@ -13,6 +13,7 @@ class Prepared:
     """What an image tower reads of a scan, by input: numpy arrays, or arrays on the GPU.
 
     ``shape_hwd``, ``spacing_hwd_mm``, ``orientation``, ``hounsfield``: of the scan as it was read from a file.
+    ``notes``: what else was done to it, such as interpolation.
     ``timings_ms``: of "read" and "preprocess", where they were done.
     """
 
@@ -22,6 +23,7 @@ class Prepared:
     spacing_hwd_mm: tuple[float, ...] | None = None
     orientation: str | None = None
     hounsfield: str | None = None
+    notes: str | None = None
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
 

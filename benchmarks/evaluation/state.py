@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ...runtime.errors import InputError
 from ...runtime.files import cache_folder
+from ...runtime.scan_files import file_facts
 
 #: Of every line that ``State.put`` writes.
 _BEGINS = b'{"key": '
@@ -32,11 +33,9 @@ def state_path(identity: Mapping[str, Any]) -> Path:
 
 def stamp(path: Path) -> str:
     """Changes when the file does: size and time of modification."""
-    try:
-        facts = path.stat()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return f"{facts.st_size}-{facts.st_mtime_ns}"
+    if (facts := file_facts(path)) is None:
+        raise InputError(f"{path}: cannot be read")
+    return "{}-{}".format(*facts)
 
 
 class State:

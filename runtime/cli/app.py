@@ -34,6 +34,7 @@ COMMANDS = {
     "zeroshot": ("zeroshot", "Score scans for 18 chest pathologies, or classes of your own, by text prompts."),
     "classify": ("classify", "Score scans with a fine-tuned detector."),
     "evaluate": ("evaluate", "Judge a bundle on a data set in CT-RATE's layout: AUROC, F1, retrieval."),
+    "doctor": ("doctor", "Show what is installed, which devices there are, and what would run a bundle, and why."),
     "encoders": ("encoders", "List the encoders with parameters and GFLOPs beside the published ones."),
     "phantom": ("phantom", "Make synthetic chest CTs with known findings, in CT-RATE's layout."),
     "calibrate": ("calibrate", "Add FP16 and INT8 graphs to a bundle, from scans like those that it will see."),
@@ -46,9 +47,9 @@ COMMANDS = {
 }
 #: What must be installed for a package of this project to import.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir": "export", "transformers": "export",
-           "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "zarr": "store", "ray": "cluster",
-           "usearch": "search", "tritonclient": "triton", "google": "triton",
-           "scipy": "phantom", "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
+           "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "zarr": "store", "pydicom": "dicom",
+           "ray": "cluster", "usearch": "search", "tritonclient": "triton", "google": "triton", "scipy": "phantom",
+           "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 
 class _LazyCommands(click.Group):

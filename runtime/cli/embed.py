@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _FEW = ".npz"
 #: On a GPU.
 _USUAL_BATCH = 8
+#: Each gets a reader of its own.
+_FEW_CORES = 4
 
 
 @click.command("embed")
@@ -34,9 +36,10 @@ _USUAL_BATCH = 8
               help="A folder of Parquet files, which is gone on with if it is there; or FILE.npz for few scans.")
 @click.option("--split", metavar="NAME", help="'valid' or 'train', where a folder holds both.")
 @click.option("--readers", type=click.IntRange(1, 256), metavar="N",
-              help="Scans that are read at once.  [default: as many as half of the cores]")
+              help="Scans at once: on a CPU read and computed, on a GPU read.  [default: one for each core, from 5 "
+                   "cores on and on a GPU half as many]")
 @click.option("--batch", type=click.IntRange(1, 256), metavar="N",
-              help="Scans that are computed at once, at most.  [default: 1; on a GPU 8, or what its engine takes]")
+              help="On a GPU: scans of an inference, at most.  [default: 8, or what its engine takes]")
 @click.option("--ray", "address", metavar="ADDRESS",
               help="Compute on a Ray cluster: 'auto', HOST:PORT, or 'local' for processes on this machine.")
 @click.option("--workers", type=click.IntRange(1, 100_000), metavar="N",
@@ -62,7 +65,11 @@ def command(
     if out.suffix not in ("", _FEW) and not out.is_dir():
         raise InputError(f"--out {out}: expected FILE.npz, or the name of a folder, without an ending")
     given = {name: value for name, value in read_options.items() if value is not None}
-    model = load(bundle, device, threads, not no_verify, backend, precision, preprocess)
+    cores = Options(threads=threads).thread_count
+    readers_here = readers or _usual_readers(device, cores)
+    in_store_on_cpu = device == "cpu" and out.suffix != _FEW
+    model = load(bundle, device, max(1, cores // readers_here) if in_store_on_cpu else threads, not no_verify, backend,
+                 precision, preprocess)
     announce(model)
     if out.suffix == _FEW:
         _refuse(f"only for a store; --out {out} is one file", {
@@ -74,6 +81,8 @@ def command(
 
     if address is None:
         _refuse("only with --ray", {"--workers": workers})
+    if device == "cpu":
+        _refuse("only with --device cuda; on a CPU every reader computes its own scan", {"--batch": batch})
     items = list({item.path: item for item in find_items(inputs, split, given)}.values())
     manifest = model.manifest
     identity = Identity(manifest.digest, manifest.encoder, precision, manifest.embedding_dim,
@@ -81,7 +90,7 @@ def command(
                         {name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path)
                          else value for name, value in given.items()})
     if address is None:
-        settings = _settings(model, device, threads, readers, batch)
+        settings = _settings(model, device, cores, readers_here, batch)
         with Store(out, identity, bundle) as store, progress(len(items)) as display:
             report = EmbeddingJob(store, retry, told(display)).run(model, settings, items)
     else:
@@ -118,16 +127,25 @@ def _refuse(why: str, options: Mapping[str, object]) -> None:
             raise InputError(f"{option}: {why}")
 
 
-def _settings(model: Model, device: str, threads: int | None, readers: int | None, batch: int | None) -> Settings:
-    """On this machine."""
+def _settings(model: Model, device: str, cores: int, readers: int, batch: int | None) -> Settings:
+    """On this machine: on a CPU each reader computes, too; a GPU is fed by all of them."""
     from ..pipeline import Settings
 
-    cores, limit = Options(threads=threads).thread_count, model.largest_batch
+    threads = max(1, cores // readers)
+    if device == "cpu":
+        return Settings(readers, threads, together=True)
+    limit = model.largest_batch
     if batch is not None and limit is not None and batch > limit:
         raise InputError(f"--batch {batch}: the engine was built for at most {limit}; build with a larger --max-batch")
-    most = batch or (min(_USUAL_BATCH, limit or _USUAL_BATCH) if device == "cuda" else 1)
-    readers = readers or max(1, cores // 2)
-    return Settings(readers, max(1, cores // readers), most, 2 * most)
+    most = batch or min(_USUAL_BATCH, limit or _USUAL_BATCH)
+    return Settings(readers, threads, most, 2 * most)
+
+
+def _usual_readers(device: str, cores: int) -> int:
+    """On a CPU each holds an inference in memory, so that many cores share fewer."""
+    if device == "cuda":
+        return max(1, cores // 2)
+    return cores if cores <= _FEW_CORES else cores // 2
 
 
 def _write_file(model: Model, items: list[Item], out: Path, keep_going: bool) -> int:

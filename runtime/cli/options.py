@@ -36,6 +36,9 @@ def scan_options(function: _F) -> _F:
                      help="'as-stored' ignores the directions in the header."),
         click.option("--metadata", type=click.Path(path_type=Path), metavar="CSV",
                      help="Spacing, slope and intercept by file name, in CT-RATE's columns."),
+        click.option("--series", metavar="UID", help="Of several DICOM series, the one to read."),
+        click.option("--resample-irregular", is_flag=True, default=None,
+                     help="Interpolate DICOM slices with gaps or a tilted gantry, instead of refusing them."),
     )):
         function = option(function)
     return function

@@ -13,6 +13,7 @@ from ..backends.base import MOST_THREADS
 from ..bundle import open_bundle
 from ..errors import InputError
 from ..model import Model, load
+from ..volume.dicom_source import is_dicom_source
 from ..volume.folder import SCANS
 from .options import json_option
 from .output import announce, print_json, print_table, progress
@@ -43,8 +44,8 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
             threads: int | None, as_json: bool) -> None:
     """Find the scans in STORE that are nearest to texts or scans.
 
-    A QUERY that ends like a scan's file (.nii, .nii.gz) is one; it is not found itself. Everything else is text, such
-    as a sentence of a report. Nearness is the cosine of embeddings.
+    A QUERY that ends like a scan's file (.nii, .nii.gz, .zip) or is a folder is a scan; it is not found itself.
+    Everything else is text, such as a sentence of a report. Nearness is the cosine of embeddings.
     """
     from ..search.exact import nearest
     from ..search.gallery import open_gallery
@@ -84,7 +85,7 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
 def _embed(gallery: Gallery, queries: tuple[str, ...], bundle: Path | None, threads: int | None
            ) -> tuple[NDArray[np.float32], list[int | None]]:
     """Unit rows ``[queries, d]``, and the rows of those that are scans of the store as they are now."""
-    from ..pipeline import file_facts
+    from ..scan_files import file_facts
 
     model: Model | None = None
     rows: list[NDArray[np.float32]] = []
@@ -92,7 +93,7 @@ def _embed(gallery: Gallery, queries: tuple[str, ...], bundle: Path | None, thre
     for query in queries:
         if not query.strip():
             raise InputError("QUERY: an empty text; expected words, or a scan")
-        is_scan = query.endswith(SCANS)
+        is_scan = query.endswith(SCANS) or is_dicom_source(query)
         row = gallery.row_of(Path(query)) if is_scan else None
         entry = gallery.entry(row) if row is not None else {}
         if row is not None and file_facts(Path(query)) not in (None, (entry["bytes"], entry["changed_ns"])):

@@ -33,7 +33,7 @@ class Entry:
     ``path``: absolute. ``bytes``, ``changed_ns``, ``sha256``: of the file as it was read; the last is None where it
     could not be. ``embedding`` [dim], ``scores`` [classes] float32, None with an ``error``. ``shape_hwd``,
     ``spacing_hwd_mm``, ``orientation``: of the scan as read. ``hounsfield``: maps from stored values, such as
-    "1 * v - 1024", in the order in which they were applied.
+    "1 * v - 1024", in the order in which they were applied. ``notes``: what else was done to it.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Entry:
     spacing_hwd_mm: tuple[float, ...] | None = None
     orientation: str | None = None
     hounsfield: str | None = None
+    notes: str | None = None
 
 
 def schema(identity: Identity) -> pa.Schema:
@@ -57,7 +58,7 @@ def schema(identity: Identity) -> pa.Schema:
         ("embedding", pa.list_(pa.float32(), identity.embedding_dim)),
         ("scores", pa.list_(pa.float32(), max(1, len(identity.classes)))), ("error", pa.string()),
         ("shape_hwd", pa.list_(pa.int32(), 3)), ("spacing_hwd_mm", pa.list_(pa.float64(), 3)),
-        ("orientation", pa.string()), ("hounsfield", pa.string())])
+        ("orientation", pa.string()), ("hounsfield", pa.string()), ("notes", pa.string())])
 
 
 def table(entries: list[Entry], identity: Identity) -> pa.Table:

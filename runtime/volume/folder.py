@@ -8,11 +8,13 @@ columns, wherever below the folder they lie.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import InputError, suggestion
 from ..files import require_file
+from .dicom_source import find_dicom, is_dicom_source
 from .prepared import SUFFIX, is_prepared
 
 NAME_COLUMN = "VolumeName"
@@ -28,7 +30,7 @@ def find_scans(folder: Path, split: str | None = None) -> list[tuple[Path, Path 
         InputError: no such folder, no scans, or a choice left open.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one with .nii or .nii.gz volumes")
+        raise InputError(f"{folder}: no such folder; expected one with .nii, .nii.gz or DICOM volumes")
     volumes = find_volumes(folder, split)
     metadata = metadata_files(choose_tables(None, sorted(folder.rglob("*.csv")), METADATA_COLUMNS, "metadata"))
     return [(volumes[name], metadata_of(volumes[name], name, metadata)) for name in sorted(volumes, key=natural_order)]
@@ -45,8 +47,10 @@ def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
         if name in volumes:
             raise InputError(f"{folder}: {name} is there twice: {volumes[name]} and {path}; move one away")
         volumes[name] = path
+    volumes |= _dicom(folder, volumes)
     if not volumes:
-        raise InputError(f"{folder}: no .nii or .nii.gz volume below it; expected a data set in CT-RATE's layout")
+        raise InputError(f"{folder}: no .nii, .nii.gz or DICOM volume below it; expected a data set in CT-RATE's "
+                         "layout, or any folder of scans")
     splits = sorted({name.split("_")[0] for name in volumes})
     if split is None:
         if len(splits) > 1 and set(splits) & {"train", "valid"}:
@@ -59,9 +63,22 @@ def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
     return chosen
 
 
+def _dicom(folder: Path, taken: Mapping[str, Path]) -> dict[str, Path]:
+    """Folders of slices and zip files, by the name that a table would use; by their path where that is not unique."""
+    found = list(find_dicom(folder))
+    names = Counter(path.stem if path.suffix == ".zip" else path.name for path in found)
+    volumes = {}
+    for path in found:
+        name = path.stem if path.suffix == ".zip" else path.name
+        if names[name] > 1 or f"{name}.nii.gz" in taken:
+            name = str(path.relative_to(folder))
+        volumes[f"{name}.nii.gz"] = path
+    return volumes
+
+
 def metadata_of(path: Path, name: str, metadata: Mapping[str, Path]) -> Path | None:
-    """The table that says how to read a volume; None for one that is prepared, of which all is known."""
-    return None if is_prepared(path) else metadata.get(name)
+    """The table that says how to read a volume; None for one that is prepared or DICOM, of which all is known."""
+    return None if is_prepared(path) or is_dicom_source(path) else metadata.get(name)
 
 
 def natural_order(name: str) -> tuple[object, ...]:

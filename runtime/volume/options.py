@@ -23,6 +23,8 @@ class ReadOptions:
     ``slope``, ``intercept``: HU = slope * value + intercept, on top of the file's own scaling.
     ``orientation``: "as-stored" keeps the stored axes; the manifest's code, like None, reorients by the header.
     ``metadata``: a CSV in CT-RATE's layout; supplies spacing, slope and intercept by file name.
+    ``series``: of several DICOM series, the one with this SeriesInstanceUID. ``resample_irregular``: interpolate DICOM
+    slices with gaps, uneven distances or a tilted gantry, instead of refusing them.
     """
 
     spacing: Sequence[float] | None = None
@@ -30,6 +32,8 @@ class ReadOptions:
     intercept: float | None = None
     orientation: str | None = None
     metadata: str | Path | None = None
+    series: str | None = None
+    resample_irregular: bool | None = None
 
     def __post_init__(self) -> None:
         if self.spacing is not None:

@@ -54,6 +54,7 @@ class PreparedScan:
     spacing_hwd_mm: tuple[float, ...] | None
     orientation: str | None
     hounsfield: str | None
+    notes: str | None
 
 
 def is_prepared(path: str | Path) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import DcformerWarning, InputError
 from ..manifest import Preprocessing, TensorInfo
+from .dicom_source import is_dicom_source
 from .lines import scan_feeds
 from .nifti import read_nifti
 from .options import AS_IN_FILE, ReadOptions
@@ -19,9 +21,21 @@ from .types import Volume
 
 
 def read_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_IN_FILE) -> Volume:
-    """Read a file, refusing what the preprocessing needs and the file does not tell. Raises like ``read_nifti``."""
+    """Read a scan, refusing what the preprocessing needs and it does not tell: NIfTI, or DICOM (a folder, a zip).
+
+    Raises like ``read_nifti`` and ``read_dicom``.
+    """
     if is_prepared(path):
         raise InputError(f"{path}: a prepared scan; here the scan itself is needed, as .nii or .nii.gz")
+    if is_dicom_source(path):
+        from .dicom import read_dicom  # an extra
+
+        volume = read_dicom(path, spec.orientation, options, spec.intensity == "window")
+        for note in volume.notes:
+            warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=2)
+        return volume
+    if options.series is not None:
+        raise InputError(f"{path}: --series chooses among DICOM series; this is none")
     return read_nifti(path, spec.orientation, options, needs_hounsfield=spec.intensity == "window",
                       needs_spacing=spec.resampling == "to_spacing")
 

@@ -36,6 +36,7 @@ class Volume:
     rescale slope and intercept. They are applied piecewise, so that no full-size float copy is ever made.
     ``spacing_hwd_mm``: distance between voxel centres along H, W, D. ``name``: for messages.
     ``orientation``: for example "LPS"; what the manifest asks for, unless the caller said "as-stored".
+    ``notes``: what was done to the voxels that is no mere reading, such as interpolation of missing slices.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Volume:
     scaling: tuple[LinearMap, ...]
     spacing_hwd_mm: Spacing
     orientation: str
+    notes: tuple[str, ...] = ()
 
     def hounsfield(self, stored: NDArray[Any]) -> NDArray[np.float32]:
         """HU of a piece of ``stored``, in the original's order of operations.

@@ -63,7 +63,7 @@ def test_nothing_there(tree: Path):
     with pytest.raises(InputError, match="no file matches this pattern"):
         _names(tree / "*.dcm")
     (tree / "empty").mkdir()
-    with pytest.raises(InputError, match="no .nii or .nii.gz volume below it"):
+    with pytest.raises(InputError, match="no .nii, .nii.gz or DICOM volume below it"):
         _names(tree / "empty")
     with pytest.raises(InputError, match="holds volumes of train, valid; choose with --split"):
         _names(tree)

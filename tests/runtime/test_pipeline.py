@@ -43,11 +43,11 @@ def _counts(report: dict) -> tuple[int, ...]:
     return tuple(report[name] for name in ("embedded", "copied", "failed", "skipped"))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("readers", [1, 3])
 def test_rows_are_the_answers_of_one_scan_at_a_time(pristine_bundle: Path, folder: Path, tmp_path: Path, capsys,
-                                                    batch: int):
+                                                    readers: int):
     store = tmp_path / "s"
-    report = _run(capsys, 2, pristine_bundle, folder, "--out", store, "--readers", 2, "--batch", batch)
+    report = _run(capsys, 2, pristine_bundle, folder, "--out", store, "--readers", readers)
     assert sum(_counts(report)) == 6
     assert report["failed"] == 1
     assert {stage["name"] for stage in report["stages"]} == {"reading", "inference", "writing"}

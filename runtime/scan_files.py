@@ -1,0 +1,39 @@
+"""A scan on disk, be it one file or a folder of slices: is it there, is it the same, what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .files import require_file, sha256_file
+
+
+def require_scan(path: Path) -> None:
+    """Raise InputError unless ``path`` is a folder or a readable regular file."""
+    if not path.is_dir():
+        require_file(path, "scan")
+
+
+def file_facts(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns, of a folder all and the last of its files'; None without it."""
+    try:
+        statuses = [file.stat() for file in _files(path)] if path.is_dir() else [path.stat()]
+    except OSError:
+        return None
+    return sum(status.st_size for status in statuses), max((status.st_mtime_ns for status in statuses), default=0)
+
+
+def sha256_scan(path: Path) -> str:
+    """Hex sha256 of a file, or of the names and contents of a folder's files."""
+    if not path.is_dir():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in _files(path):
+        digest.update(os.fsencode(file.relative_to(path)) + f"\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())

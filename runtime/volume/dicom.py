@@ -1,0 +1,284 @@
+"""Read a CT series from DICOM files: a folder, or a zip of one. Needs pydicom (``pip install '.[dicom]'``).
+
+Which series, in which order, with which distances: whatever would have to be guessed is refused, with the file and its
+position. What can be mended by resampling is, if ``resample_irregular`` says so, and noted in the volume.
+
+Source: DICOM PS3.3, C.7.6.2 (image plane), C.7.6.3 (pixels), C.8.2.1 (CT image).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels.utils import pixel_array
+
+from ..errors import InputError, one_line
+from .dicom_geometry import Placed, arrange
+from .geometry import reorient
+from .hounsfield import check_voxels
+from .nifti import MAX_VOXELS
+from .options import AS_STORED, ReadOptions, expand_spacing
+from .types import LinearMap, Volume
+
+_CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
+_ENHANCED_CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2.1"
+_TAGS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "ImageType", "Rows",
+         "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope",
+         "RescaleIntercept", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames")
+#: A zip that unpacks to more is refused, as is one that grows by more than pixels can.
+_LARGEST_ZIP_BYTES, _LARGEST_RATIO = 8 << 30, 200
+#: Fewer slices are a localizer or a fragment, not a scan of a chest.
+_FEWEST_SLICES = 8
+#: What damaged files make pydicom raise.
+_DAMAGE = (InvalidDicomError, AttributeError, KeyError, ValueError, TypeError, IndexError, NotImplementedError,
+           RuntimeError, OSError, EOFError, struct.error, zipfile.BadZipFile)
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a source: its name for messages, and how to open it."""
+
+    name: str
+    open: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is needed of a file before its pixels."""
+
+    file: _File
+    dataset: pydicom.Dataset
+
+    def value(self, tag: str) -> Any:
+        return self.dataset.get(tag)
+
+    def text(self, tag: str) -> str:
+        return str(self.value(tag) or "")
+
+
+def read_dicom(path: str | Path, target_orientation: str, options: ReadOptions, needs_hounsfield: bool = True
+               ) -> Volume:
+    """Read the one axial CT series of a source, or the one that ``options.series`` names.
+
+    Returns:
+        As ``read_nifti``: voxels as stored where all slices have one slope and intercept, else HU in float32.
+
+    Raises:
+        InputError: no CT, several, slices that do not make a regular volume, or a damaged file.
+    """
+    path = Path(path)
+    if options.orientation not in (None, AS_STORED, target_orientation):
+        raise InputError(f"orientation: {options.orientation!r}; expected {target_orientation!r} or {AS_STORED!r}")
+    if options.metadata is not None:
+        raise InputError(f"{path}: DICOM says itself how it was taken; drop --metadata")
+    headers = _choose_series(path, _read_headers(path), options.series)
+    rows, columns, spacing_yx = _common_plane(path, headers)
+    if len(headers) * rows * columns > MAX_VOXELS:
+        raise InputError(f"{path}: {len(headers)} slices of {columns} x {rows}; the limit is {MAX_VOXELS:,} voxels")
+    placed = [Placed(header.file.name, _numbers(header, "ImageOrientationPatient", 6),
+                     _numbers(header, "ImagePositionPatient", 3))
+              for header in headers]
+    grid = arrange(path, placed, spacing_yx, bool(options.resample_irregular))
+    ordered = [headers[index] for index in grid.order]
+    voxels, scaling = _read_pixels(ordered, rows, columns)
+    if grid.resample is not None:
+        voxels, scaling = grid.resample(scaling.slope * voxels.astype(np.float32) + scaling.intercept), LinearMap()
+    stored = voxels.transpose(2, 1, 0)  # [k, row, column] to [x, y, z]
+    spacing = (spacing_yx[1], spacing_yx[0], grid.spacing_mm)
+    if options.spacing is not None:
+        spacing = expand_spacing(options.spacing)
+    orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
+    if orientation != AS_STORED:
+        stored, spacing = reorient(path, _LPS_TO_RAS @ grid.affine, stored, spacing, target_orientation)
+    own = LinearMap(1.0 if options.slope is None else options.slope,
+                    0.0 if options.intercept is None else options.intercept)
+    volume = Volume(path.name, stored, (scaling, own), spacing, orientation, grid.notes)
+    check_voxels(path, volume, needs_hounsfield, options.slope is not None and options.intercept is not None)
+    return volume
+
+
+# ------------------------------------------------------------------ files
+
+
+def _files(path: Path) -> Iterator[_File]:
+    """All files of a source but hidden ones; a zip is read in memory, nothing is unpacked to disk."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+                yield _File(str(file), lambda file=file: file.open("rb"))
+        return
+    if path.suffix.lower() != ".zip":
+        yield _File(str(path), lambda: path.open("rb"))
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: not a zip file, or damaged ({one_line(str(error))})") from error
+    size = sum(info.file_size for info in members)
+    if size > _LARGEST_ZIP_BYTES or size > max(1, path.stat().st_size) * _LARGEST_RATIO:
+        raise InputError(f"{path}: unpacks to {size:,} bytes; refused")
+    for info in sorted(members, key=lambda info: info.filename):
+        if not any(part.startswith((".", "__MACOSX")) and part != ".." for part in Path(info.filename).parts):
+            yield _File(f"{path}/{info.filename}", lambda info=info: io.BytesIO(_member(path, info)))
+
+
+def _member(path: Path, info: zipfile.ZipInfo) -> bytes:
+    with zipfile.ZipFile(path) as archive, archive.open(info) as member:
+        return member.read(info.file_size)
+
+
+def _read_headers(path: Path) -> list[_Header]:
+    """Of all DICOM images; other files, such as DICOMDIR or pictures, are passed over."""
+    if not path.exists():
+        raise InputError(f"{path}: no such scan")
+    found, others = [], 0
+    for file in _files(path):
+        try:
+            with file.open() as stream:
+                dataset = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(_TAGS))
+        except InvalidDicomError:
+            others += 1
+            continue
+        except _DAMAGE as error:
+            raise InputError(f"{file.name}: damaged DICOM file ({_brief(error)})") from error
+        if "SeriesInstanceUID" in dataset and "Rows" in dataset:
+            found.append(_Header(file, dataset))
+        else:
+            others += 1
+    if not found:
+        raise InputError(f"{path}: no DICOM image in it ({others} other files); expected the slices of a CT series")
+    return found
+
+
+# ------------------------------------------------------------------ series
+
+
+def _choose_series(path: Path, headers: Sequence[_Header], wanted: str | None) -> list[_Header]:
+    series: defaultdict[str, list[_Header]] = defaultdict(list)
+    for header in headers:
+        series[header.text("SeriesInstanceUID")].append(header)
+    if wanted is not None:
+        if wanted not in series:
+            raise InputError(f"{path}: no series {wanted}; there are {_listed(series)}")
+        if (problem := _problem(series[wanted])) is not None:
+            raise InputError(f"{path}: series {wanted}: {problem}")
+        return series[wanted]
+    problems = {uid: _problem(group) for uid, group in series.items()}
+    usable = [uid for uid, problem in problems.items() if problem is None]
+    if not usable:
+        told = "; ".join(f"{uid}: {problem}" for uid, problem in problems.items())
+        raise InputError(f"{path}: no CT scan in it: {told}")
+    if len(usable) > 1:
+        raise InputError(f"{path}: {len(usable)} CT series; choose one with --series UID: "
+                         f"{_listed({uid: series[uid] for uid in usable})}")
+    return series[usable[0]]
+
+
+def _problem(group: Sequence[_Header]) -> str | None:
+    """Why a series is no axial CT; None if it is one."""
+    first = group[0]
+    if first.text("SOPClassUID") == _ENHANCED_CT_STORAGE or int(first.value("NumberOfFrames") or 1) > 1:
+        return "a multi-frame image; convert it to one file per slice"
+    if first.text("Modality") != "CT" or first.text("SOPClassUID") not in ("", _CT_STORAGE):
+        return f"{len(group)} images of modality {first.text('Modality') or 'unknown'}, not CT"
+    if any("LOCALIZER" in map(str.upper, map(str, header.value("ImageType") or ())) for header in group):
+        return f"{len(group)} images with a localizer among them ({_localizer(group)})"
+    if len(group) < _FEWEST_SLICES:
+        return f"only {len(group)} slices"
+    return None
+
+
+def _localizer(group: Sequence[_Header]) -> str:
+    return next(header.file.name for header in group
+                if "LOCALIZER" in map(str.upper, map(str, header.value("ImageType") or ())))
+
+
+def _listed(series: dict[str, list[_Header]]) -> str:
+    """UIDs with what tells them apart; descriptions are free text that may name the patient, and are left out."""
+    return ", ".join(f"{uid} ({len(group)} {group[0].text('Modality')} images)" for uid, group in series.items())
+
+
+def _common_plane(path: Path, headers: Sequence[_Header]) -> tuple[int, int, tuple[float, float]]:
+    """Rows, columns and their distances in mm, which all slices must share."""
+    shapes = Counter((int(header.value("Rows")), int(header.value("Columns")),
+                      tuple(_numbers(header, "PixelSpacing", 2))) for header in headers)
+    usual, _ = shapes.most_common(1)[0]
+    for header in headers:
+        own = (int(header.value("Rows")), int(header.value("Columns")), tuple(_numbers(header, "PixelSpacing", 2)))
+        if own != usual:
+            raise InputError(f"{header.file.name}: a slice of {own[1]} x {own[0]} pixels of {own[2]} mm, the others "
+                             f"are {usual[1]} x {usual[0]} of {usual[2]}; it belongs to another scan")
+        if int(header.value("SamplesPerPixel") or 1) != 1 or \
+                not header.text("PhotometricInterpretation").startswith("MONOCHROME"):
+            raise InputError(f"{header.file.name}: {header.text('PhotometricInterpretation')} pixels; expected grey")
+    if min(usual[2]) <= 0:
+        raise InputError(f"{path}: pixel spacing {usual[2]}; expected positive millimetres")
+    return usual[0], usual[1], (usual[2][0], usual[2][1])
+
+
+# ------------------------------------------------------------------ pixels
+
+
+def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[NDArray[Any], LinearMap]:
+    """``[k, row, column]``: as stored, with the map to HU that all share; else HU, where slices have their own."""
+    maps = [LinearMap(_number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", 0.0))
+            for header in headers]
+    shared = len(set(maps)) == 1
+    found: NDArray[Any] | None = None
+    for index, (header, scaling) in enumerate(zip(headers, maps, strict=True)):
+        try:
+            with header.file.open() as stream:
+                plane = pixel_array(stream)
+        except _DAMAGE as error:
+            raise InputError(f"{header.file.name}: its pixels cannot be read ({_brief(error)})") from error
+        if plane.shape != (rows, columns):
+            raise InputError(f"{header.file.name}: {plane.shape} pixels, its header says {(rows, columns)}")
+        if not shared:
+            plane = np.float32(scaling.slope) * plane.astype(np.float32) + np.float32(scaling.intercept)
+        if found is None:
+            found = np.empty((len(headers), rows, columns), plane.dtype)
+        elif plane.dtype != found.dtype:
+            raise InputError(f"{header.file.name}: pixels of {plane.dtype}, those before are {found.dtype}")
+        found[index] = plane
+    assert found is not None
+    return found, maps[0] if shared else LinearMap()
+
+
+def _number(header: _Header, tag: str, default: float) -> float:
+    value = header.value(tag)
+    if value is None:
+        return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{header.file.name}: {tag} is {value!r}; expected a number") from error
+    if not np.isfinite(number) or (tag == "RescaleSlope" and number == 0):
+        raise InputError(f"{header.file.name}: {tag} is {number:g}; expected a usable number")
+    return number
+
+
+def _numbers(header: _Header, tag: str, count: int) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in header.value(tag) or ())
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{header.file.name}: {tag} is {header.value(tag)!r}; expected {count} numbers") from error
+    if len(values) != count or not np.isfinite(values).all():
+        raise InputError(f"{header.file.name}: {tag} has {len(values)} values; expected {count} numbers")
+    return values
+
+
+def _brief(error: Exception) -> str:
+    return one_line(str(error))[:160] or type(error).__name__

@@ -1,0 +1,42 @@
+"""What would be read as DICOM; found without reading it, and without pydicom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_ZIP = ".zip"
+_SUFFIXES = (_ZIP, ".dcm")
+#: Behind a preamble of 128 bytes (DICOM PS3.10, 7.1).
+_MAGIC, _PREAMBLE = b"DICM", 128
+#: Files of other kinds, which need not be opened to know.
+_OTHERS = (".nii", ".gz", ".csv", ".json", ".txt", ".png", ".jpg", ".pdf", ".xml", ".html", ".parquet", _ZIP)
+
+
+def is_dicom_source(path: str | Path) -> bool:
+    """Whether a path would be read as DICOM: a folder, a zip, or a file that ends so."""
+    path = Path(path)
+    return path.suffix.lower() in _SUFFIXES or path.is_dir()
+
+
+def find_dicom(folder: Path) -> Iterator[Path]:
+    """Below a folder, itself included: folders that hold DICOM files, and zip files."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = sorted(name for name in files if not name.startswith("."))
+        if any(_is_dicom(Path(place, name)) for name in visible):
+            yield Path(place)
+        yield from (Path(place, name) for name in visible
+                    if name.lower().endswith(_ZIP) and not name.endswith(".prepared.zip"))
+
+
+def _is_dicom(path: Path) -> bool:
+    if path.suffix.lower() in _OTHERS or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            file.seek(_PREAMBLE)
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
