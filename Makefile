@@ -43,14 +43,14 @@ bench: $(READY)
 # Scans per second of `dcformer embed` beside a plain loop: small phantoms, and copies of one of clinical resolution
 # (an empty gzip member more in each, so that no two files have the same content).
 throughput: $(READY)
-	$(BIN)/dcformer phantom --n 300 --seed 1000 --out demo/held-out --force
+	$(BIN)/dcformer phantom --n 100 --seed 2000 --out demo/throughput/phantoms --force
 	$(BIN)/dcformer export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/throughput/bundle --force
-	$(BIN)/python -m dcformer_deploy.benchmarks.throughput demo/throughput/bundle demo/held-out \
+	$(BIN)/python -m dcformer_deploy.benchmarks.throughput demo/throughput/bundle demo/throughput/phantoms \
 	  --out benchmarks/results --name throughput-phantoms
 	$(BIN)/dcformer phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/clinical --force
 	$(BIN)/dcformer export --encoder dcformer-nano --random-weights 0 --out demo/throughput/nano --force
 	rm -rf demo/throughput/scans && mkdir -p demo/throughput/scans
-	for n in $$(seq 16); do cp $(CLINICAL) demo/throughput/scans/$$n.nii.gz && \
+	for n in $$(seq 8); do cp $(CLINICAL) demo/throughput/scans/$$n.nii.gz && \
 	  for m in $$(seq $$n); do gzip -c </dev/null >> demo/throughput/scans/$$n.nii.gz; done; done
 	$(BIN)/python -m dcformer_deploy.benchmarks.throughput demo/throughput/nano demo/throughput/scans \
 	  --out benchmarks/results --name throughput-clinical

@@ -68,12 +68,12 @@ class Throughput:
     rates: tuple[Rate, ...]
 
 
-def measure(bundle: Path, scans: Sequence[Item], rounds: int, workers: Sequence[int], display: Stages,
+def measure(bundle: Path, scans: Sequence[Item], rounds: int, workers: int, display: Stages,
             scratch: Path) -> Throughput:
     """Every contender on all scans, in turn, after a warm-up; the order turns round with each round.
 
     Args:
-        workers: numbers of readers, and of processes under Ray.
+        workers: readers, and processes under Ray, beside one reader.
         scratch: a folder for stores and prepared scans.
     """
     model = load(bundle)
@@ -82,30 +82,40 @@ def measure(bundle: Path, scans: Sequence[Item], rounds: int, workers: Sequence[
     display.stage("preparing")
     prepare_all(model, find_tasks([item.path for item in scans], None, {}, prepared), "int16", 1, cores)
     contenders: dict[str, Callable[[], Report]] = {LOOP: lambda: _loop(model, scans)}
-    for count in workers:
-        settings = Settings(count, max(1, cores // count), together=True)
-        shared = load(bundle, threads=settings.threads)
-        contenders[f"embed, {count} reader{'s' * (count > 1)}"] = (
-            lambda shared=shared, settings=settings: _embed(shared, scans, settings, scratch))
-        if count == max(workers):
-            contenders[f"{PREPARED}, {count} reader{'s' * (count > 1)}"] = (
-                lambda shared=shared, settings=settings: _embed(shared, find_items([prepared], None, {}), settings,
-                                                                scratch))
+    alone = load(bundle, threads=1)
+    for count in (1, workers):
+        contenders[_embedding(count)] = (
+            lambda settings=Settings(count, together=True): _embed(alone, scans, settings, scratch))
+    contenders[f"{PREPARED}, {_readers(workers)}"] = lambda: _embed(
+        alone, find_items([prepared], None, {}), Settings(workers, together=True), scratch)
     contenders[APART] = lambda: _embed(model, scans, Settings(1, cores, 1, 2), scratch)
-    with connect(LOCAL) as cluster:
-        for count in workers:
-            contenders[f"embed --ray, {count} process{'es' * (count > 1)}"] = (
-                lambda count=count: _on_ray(cluster, model, bundle, scans, count, scratch))
-        found: dict[str, list[Report]] = {name: [] for name in contenders}
-        model.zero_shot(scans[0].path)
-        for number in range(rounds):
-            for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
-                display.stage(f"round {number + 1}: {name}")
-                found[name].append(contenders[name]())
+    model.zero_shot(scans[0].path)
+    alone.zero_shot(scans[0].path)
+    found = _rounds(contenders, rounds, display)
+    with connect(LOCAL) as cluster:  # last, as its own processes are there from now on
+        found |= _rounds({f"embed --ray, {workers} processes": lambda: _on_ray(
+            cluster, model, bundle, scans, workers, scratch)}, rounds, display)
     return Throughput(machine(), time.strftime("%Y-%m-%d"), model.manifest.encoder, len(scans),
                       round(statistics.mean(item.path.stat().st_size for item in scans)),
                       _row_bytes(model, scans, scratch),
                       tuple(_rate(name, reports) for name, reports in found.items()))
+
+
+def _rounds(contenders: dict[str, Callable[[], Report]], rounds: int, display: Stages) -> dict[str, list[Report]]:
+    found: dict[str, list[Report]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            display.stage(f"round {number + 1}: {name}")
+            found[name].append(contenders[name]())
+    return found
+
+
+def _readers(count: int) -> str:
+    return f"{count} reader{'s' * (count > 1)}"
+
+
+def _embedding(count: int) -> str:
+    return f"embed, {_readers(count)} of one core"
 
 
 def _rate(name: str, reports: Sequence[Report]) -> Rate:
@@ -149,8 +159,8 @@ def _identity(model: Model) -> Identity:
 
 
 def steps_of(found: Throughput) -> Steps:
-    """Seconds of one core per scan, as one reader with one process of its own takes them."""
-    alone = next(rate for rate in found.rates if rate.contender == "embed --ray, 1 process")
+    """Seconds of one core per scan."""
+    alone = next(rate for rate in found.rates if rate.contender == _embedding(1))
     return Steps(**{f"{name}_s": alone.step_s[name] for name in ("hash", "read", "preprocess", "inference")},
                  write_s=alone.step_s["write"], bytes=found.bytes, row_bytes=found.row_bytes)
 
@@ -163,9 +173,10 @@ def to_markdown(found: Throughput) -> str:
     steps = steps_of(found)
     lines = [f"# Throughput of {found.encoder}", "",
              f"{found.machine}, {found.date}; {found.scans} scans of {found.bytes / 1e6:.1f} MB, medians of "
-             f"{len(loop.scans_per_s)} rounds, in turn.", "",
+             f"{len(loop.scans_per_s)} rounds, in turn. The loop uses every core for each step. Ray's processes start and "
+             "load the model within their time.", "",
              *markdown_table(("contender", "scans/s", "to the loop", "busy"), rows), "",
-             "Seconds per scan, one process with one core and one reader: "
+             "Seconds per scan, on one core: "
              + ", ".join(f"{name.removesuffix('_s')} {value:.3f}" for name, value in
                          dataclasses.asdict(steps).items() if name.endswith("_s")) + ".", "",
              "## What that means for archives", "",
@@ -189,8 +200,8 @@ def write(found: Throughput, out: Path, name: str) -> list[Path]:
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True)
 @click.option("--name", default="throughput", show_default=True, help="Of the files in DIR.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), multiple=True, default=(1, 2), show_default=True)
-def command(bundle: Path, inputs: tuple[str, ...], out: Path, name: str, rounds: int, workers: tuple[int, ...]) -> None:
+@click.option("--workers", type=click.IntRange(min=2), default=2, show_default=True, help="Readers beside one.")
+def command(bundle: Path, inputs: tuple[str, ...], out: Path, name: str, rounds: int, workers: int) -> None:
     """Measure scans per second of `dcformer embed` beside a plain loop."""
     items = find_items(inputs, None, {})
     with tempfile.TemporaryDirectory(prefix="dcformer-") as scratch, progress() as display:

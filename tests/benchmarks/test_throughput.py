@@ -38,10 +38,10 @@ def test_plan_as_a_table():
 def test_everyone_embeds_all(pristine_bundle: Path, scans: Path, tmp_path: Path):
     items = find_items([scans], None, {})
     with progress() as display:
-        found = throughput.measure(pristine_bundle, items, 1, (1,), display, tmp_path)
+        found = throughput.measure(pristine_bundle, items, 1, 2, display, tmp_path)
     assert [rate.contender for rate in found.rates] == [
-        throughput.LOOP, "embed, 1 reader", f"{throughput.PREPARED}, 1 reader", throughput.APART,
-        "embed --ray, 1 process"]
+        throughput.LOOP, "embed, 1 reader of one core", "embed, 2 readers of one core",
+        f"{throughput.PREPARED}, 2 readers", throughput.APART, "embed --ray, 2 processes"]
     assert all(rate.median > 0 for rate in found.rates)
     assert found.scans == 4
     assert 2000 < found.row_bytes < 20_000
