@@ -85,7 +85,7 @@ def measure(bundle: Path, scans: Sequence[Item], rounds: int, workers: int, disp
     alone = load(bundle, threads=1)
     for count in (1, workers):
         contenders[_embedding(count)] = (
-            lambda settings=Settings(count, together=True): _embed(alone, scans, settings, scratch))
+            lambda count=count: _embed(alone, scans, Settings(count, together=True), scratch))
     contenders[f"{PREPARED}, {_readers(workers)}"] = lambda: _embed(
         alone, find_items([prepared], None, {}), Settings(workers, together=True), scratch)
     contenders[APART] = lambda: _embed(model, scans, Settings(1, cores, 1, 2), scratch)
@@ -173,8 +173,8 @@ def to_markdown(found: Throughput) -> str:
     steps = steps_of(found)
     lines = [f"# Throughput of {found.encoder}", "",
              f"{found.machine}, {found.date}; {found.scans} scans of {found.bytes / 1e6:.1f} MB, medians of "
-             f"{len(loop.scans_per_s)} rounds, in turn. The loop uses every core for each step. Ray's processes start and "
-             "load the model within their time.", "",
+             f"{len(loop.scans_per_s)} rounds, in turn. The loop uses every core for each step. Ray's processes start "
+             "and load the model within their time.", "",
              *markdown_table(("contender", "scans/s", "to the loop", "busy"), rows), "",
              "Seconds per scan, on one core: "
              + ", ".join(f"{name.removesuffix('_s')} {value:.3f}" for name, value in

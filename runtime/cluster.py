@@ -35,8 +35,11 @@ LOCAL = "local"
 #: Scans of one task, for each that is in flight: what is lost with a worker, against the start and end of each task,
 #: when not everything is at work.
 _TASK_SCANS = 8
+#: For each worker at least, so that all of them end at about the same time.
+_TASKS = 4
 #: A scan over which so many workers ended is left out: Ray itself would try it for ever.
 _MOST_DEATHS = 2
+_LOADING = "loading the model"
 #: For a connection to the cluster's head.
 _ANSWER_S = 5
 
@@ -56,11 +59,15 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Workers:
-    """How many actors, with how many CPU and GPU slots each, and what each of them does at once."""
+    """How many actors, with how many CPU and GPU slots each, and what each of them does at once.
+
+    ``exact_batch``: the user asked for this batch; else it is as large as the engine takes.
+    """
 
     count: int
     cpus: int
     gpus: int
+    exact_batch: bool
     settings: Settings
 
     @property
@@ -82,7 +89,7 @@ class _Attempts:
 
     def end(self, what: str) -> None:
         """What was begun is done, and harmless."""
-        self._begun.pop(what, None)
+        self._begun[what] -= 1
 
 
 class _Worker:
@@ -98,27 +105,35 @@ class _Worker:
     @cached_property
     def _model(self) -> Model:
         """Loaded by the first task: its errors reach the user, while those of a start make Ray start again."""
-        spec = self._spec
-        settings = self._workers.settings
+        spec, settings = self._spec, self._workers.settings
+        # All may load at once; whoever dies over it leaves its count behind.
+        if self._begin(_LOADING) > self._workers.count + _MOST_DEATHS:
+            raise DeviceUnavailable(f"workers end while they load {spec.bundle} (out of memory?); give fewer "
+                                    "--workers, or each more --threads")
         threads = settings.threads if settings.together else self._workers.cpus
         model = load(spec.bundle, spec.device, threads, spec.verify, spec.backend, spec.precision,
                      spec.preprocess)
         if model.manifest.digest != spec.digest:
             raise BundleError(f"{spec.bundle}: another bundle on {socket.gethostname()} than where the job was "
                               "started; give all machines the same")
+        self._end(_LOADING)
         return model
 
     @cached_property
     def _settings(self) -> Settings:
         limit, settings = self._model.largest_batch, self._workers.settings
+        if limit is not None and limit < settings.batch and self._workers.exact_batch:
+            raise InputError(f"--batch {settings.batch}: the engine was built for at most {limit}; build with a larger "
+                             "--max-batch")
         return settings if limit is None else replace(settings, batch=min(limit, settings.batch))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         items: list[Item] = [pickle.loads(item) for item in batch["item"]]
         results: list[Outcome | DcformerError] = []
         try:
+            settings = self._settings  # loads the model, for which no scan is to blame
             if self._begin(f"task {items[0].path}") == 1:
-                results.extend(self._run(items, self._settings))
+                results.extend(self._run(items, settings))
             else:
                 results.extend(outcome for item in items for outcome in self._alone(item))
         except DcformerError as error:  # returned: of what is raised Ray hands on no more than the text
@@ -132,7 +147,7 @@ class _Worker:
             told = f"{item.path}: {_MOST_DEATHS} workers ended over this scan (out of memory?)"
             return iter([Outcome(Entry(str(item.path), *(file_facts(item.path) or (0, 0)), error=told), "failed")])
         done = list(self._run([item], Settings(threads=self._settings.threads)))
-        ray.get(self._attempts.end.remote(str(item.path)))
+        self._end(str(item.path))
         return iter(done)
 
     def _run(self, items: list[Item], settings: Settings) -> Iterator[Outcome]:
@@ -141,37 +156,45 @@ class _Worker:
     def _begin(self, what: str) -> int:
         return ray.get(self._attempts.begin.remote(what))
 
+    def _end(self, what: str) -> None:
+        ray.get(self._attempts.end.remote(what))
+
 
 class Cluster:
     """A connection to Ray, as ``connect`` makes it."""
 
     def __init__(self, address: str) -> None:
         self.address = address
-        total = ray.cluster_resources()
-        self.cpus, self.gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+        #: CPU and GPU slots of each machine.
+        self.machines = [(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+                         for node in ray.nodes() if node["Alive"]]
 
-    def plan(self, device: str, workers: int | None, readers: int | None, threads: int | None, batch: int) -> Workers:
+    def plan(self, device: str, workers: int | None, readers: int | None, threads: int | None, batch: int,
+             exact_batch: bool = False) -> Workers:
         """One actor for each GPU, with its share of the CPU slots, or for each CPU slot.
 
         Args:
             workers, readers, threads: other numbers of actors, of scans that each reads, and of CPU slots of each.
+            exact_batch: an engine that takes less than ``batch`` is an error.
 
         Raises:
             DeviceUnavailable: no GPU in the cluster, or fewer slots than one actor needs.
         """
         if device == "cuda":
-            if not self.gpus:
+            shares = [cpus // gpus for cpus, gpus in self.machines if gpus]
+            if not shares:
                 raise DeviceUnavailable(f"--ray {self.address}: no GPU in this cluster; use --device cpu")
-            cpus, gpus = threads or max(1, self.cpus // self.gpus), 1
-            most = min(self.gpus, self.cpus // cpus)
+            cpus, gpus = threads or max(1, min(shares)), 1
+            most = sum(min(there // cpus, gpus_there) for there, gpus_there in self.machines)
         else:
             cpus, gpus = threads or 1, 0
-            most = self.cpus // cpus
+            most = sum(there // cpus for there, _ in self.machines)
         if most < (workers or 1):
-            raise DeviceUnavailable(f"--ray {self.address}: {self.cpus} CPU and {self.gpus} GPU slots; not enough for "
+            slots = ", ".join(f"{there} CPU and {gpus_there} GPU" for there, gpus_there in self.machines)
+            raise DeviceUnavailable(f"--ray {self.address}: machines with {slots} slots; not enough for "
                                     f"{workers or 1} workers of {cpus} CPUs and {gpus} GPUs")
         at_once = readers or max(1, cpus - gpus)
-        return Workers(workers or most, cpus, gpus,
+        return Workers(workers or most, cpus, gpus, exact_batch,
                        Settings(at_once, max(1, cpus // at_once), batch, 2 * batch, together=device == "cpu"))
 
     def run(self, items: Iterator[Item], spec: ModelSpec, workers: Workers, contents: Contents) -> Iterator[Outcome]:
@@ -184,7 +207,8 @@ class Cluster:
         if not rows:
             return
         attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
-        scans = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // workers.task_scans))
+        tasks = max(-(-len(rows) // workers.task_scans), min(len(rows), _TASKS * workers.count))
+        scans = ray.data.from_items(rows, override_num_blocks=tasks)
         del rows
         known = ray.put(contents)  # held here as long as workers may start
         results = scans.map_batches(
@@ -207,7 +231,7 @@ def connect(address: str) -> Iterator[Cluster]:
     Nothing is reported to Ray's makers.
 
     Raises:
-        InputError: nothing there.
+        InputError: nothing there. DeviceUnavailable: it does not start here.
     """
     _require_listener(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -218,7 +242,9 @@ def connect(address: str) -> Iterator[Cluster]:
                      num_cpus=len(os.sched_getaffinity(0)))
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # some of its own are bare ones
+        if address == LOCAL:
+            raise DeviceUnavailable(f"--ray {LOCAL}: Ray does not start here ({error})") from error
         raise _no_cluster(address, error) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False

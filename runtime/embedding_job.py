@@ -12,9 +12,10 @@ from pathlib import Path
 
 from .inputs import Item
 from .model import Model
-from .pipeline import STEPS, Outcome, Pipeline, Settings
+from .pipeline import STEPS, Outcome, Pipeline, Settings, table_of
 from .scan_files import file_facts
 from .store import Entry, Store
+from .store.index import table_key
 
 #: What readers do.
 _READING = ("hash", "read", "preprocess")
@@ -115,7 +116,8 @@ class EmbeddingJob:
                 known = self._store.index.file(str(item.path))
             if known is not None and not (known.failed and self._retry):
                 facts = file_facts(item.path)
-                if facts is None or facts == (known.bytes, known.changed_ns):
+                as_before = (known.bytes, known.changed_ns, known.table)
+                if facts is None or (*facts, table_key(table_of(item))) == as_before:
                     self._counts["skipped"] += 1
                     self._on_scan(item.path, None)
                     continue

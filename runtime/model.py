@@ -120,7 +120,7 @@ class Model:
         Raises:
             InferenceError: the inference library failed.
         """
-        if len(scans) == 1 or not all(isinstance(array, np.ndarray) for array in scans[0].feeds.values()):
+        if len(scans) == 1 or not all(isinstance(array, np.ndarray) for scan in scans for array in scan.feeds.values()):
             return np.stack([self._embed(scan.feeds) for scan in scans])
         feeds = {name: np.concatenate([scan.feeds[name] for scan in scans]) for name in scans[0].feeds}
         return self._graph("image").run(feeds, ["image_embedding"])[0]

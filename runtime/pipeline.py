@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -149,15 +150,14 @@ class Pipeline:
 
     def _read(self, item: Item) -> _Read:
         facts = file_facts(item.path)
-        row = Entry(str(item.path), *(facts or (0, 0)))
+        row = Entry(str(item.path), *(facts or (0, 0)), table=table_of(item))
         seconds: dict[str, float] = {}
         try:
             require_scan(item.path)
             start = time.perf_counter()
             row = replace(row, sha256=sha256_scan(item.path))
             seconds["hash"] = time.perf_counter() - start
-            # A table of metadata says different things of files with the same content.
-            if "metadata" not in item.options and self._is_known(row.sha256 or ""):
+            if row.table is None and self._is_known(row.sha256 or ""):
                 return _Read(Outcome(row, "copied", seconds))
             prepared = self._model.prepare(item.path, self._settings.threads, **item.options)
             seconds.update({name: value / 1e3 for name, value in prepared.timings_ms.items()})
@@ -194,3 +194,9 @@ class Pipeline:
             else:
                 told = f"{row.path}: its embedding holds NaN or infinite values"
                 yield Outcome(replace(row, error=told), "failed", seconds)
+
+
+def table_of(item: Item) -> str | None:
+    """See ``Entry.table``."""
+    table = item.options.get("metadata")
+    return None if table is None else " ".join(map(str, (table, *(file_facts(Path(table)) or ()))))

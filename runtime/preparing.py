@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 import time
 from collections import Counter
@@ -17,8 +18,10 @@ from .files import atomic_file
 from .inputs import find_items
 from .model import Model
 from .scan_files import file_facts, require_scan, sha256_scan
-from .volume.folder import METADATA_COLUMNS, NAME_COLUMN, table_header
+from .volume.folder import NAME_COLUMN, table_header
 from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, read_origin, write_prepared
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,14 @@ def find_tasks(inputs: Sequence[str | Path], split: str | None, options: Mapping
     """Scans of ``find_items``: those of a folder go to the same place below ``out``, others directly into it.
 
     Raises:
-        InputError: as ``find_items``, two that would go to the same place, or scans that are prepared already.
+        InputError: as ``find_items``, two that would go to the same place, scans that are prepared already, or ``out``
+            in one of the inputs.
     """
     tasks: dict[Path, Task] = {}
     for given in inputs:
         folder = Path(given).absolute() if Path(given).is_dir() else None
+        if folder is not None and out.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{out}: lies in {folder}, whose scans would then be there twice; choose a place outside")
         for item in find_items([given], split, options):
             if is_prepared(item.path):
                 raise InputError(f"{item.path}: prepared already; name the scan itself")
@@ -69,21 +75,26 @@ def _name(path: Path) -> str:
     return (path.stem if path.suffix.lower() in (".zip", ".dcm") else path.name) + ".nii.gz" + SUFFIX
 
 
-def copy_tables(inputs: Iterable[str | Path], out: Path) -> list[Path]:
-    """Labels and reports of the folders among ``inputs``; metadata stay, as what they say is done.
+def find_tables(inputs: Iterable[str | Path], out: Path) -> dict[Path, Path]:
+    """Tables of the folders among ``inputs``, labels, reports and others, by where they go below ``out``.
 
-    Returns:
-        The copies.
+    Raises:
+        InputError: two that would go to the same place.
     """
-    copies = []
+    tables: dict[Path, Path] = {}
     for folder in (Path(given) for given in inputs if Path(given).is_dir()):
         for path in sorted(folder.rglob("*.csv")):
-            columns = table_header(path)
-            if NAME_COLUMN in columns and not set(METADATA_COLUMNS) <= columns:
-                copies.append(out / path.relative_to(folder))
-                with atomic_file(copies[-1]) as temporary:
-                    shutil.copyfile(path, temporary)
-    return copies
+            if NAME_COLUMN in table_header(path) and (
+                    other := tables.setdefault(out / path.relative_to(folder), path)) != path:
+                raise InputError(f"{path} and {other} have the same name; prepare into two folders")
+    return tables
+
+
+def copy_tables(tables: Mapping[Path, Path]) -> None:
+    """What ``find_tables`` found."""
+    for place, table in tables.items():
+        with atomic_file(place) as temporary:
+            shutil.copyfile(table, temporary)
 
 
 def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: int, threads: int,
@@ -101,7 +112,7 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
     before, after, start = 0, 0, time.perf_counter()
 
     def work(task: Task) -> bool:
-        if _is_done(task, values):
+        if _is_done(model, task, values):
             return False
         _prepare(model, task, values, threads)
         return True
@@ -110,13 +121,16 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
         error = None
         try:
             if done():
-                counts["prepared"] += 1
                 before, after = before + (file_facts(task.path) or (0,))[0], after + task.out.stat().st_size
+                counts["prepared"] += 1
             else:
                 counts["skipped"] += 1
         except BundleError:
             raise
         except (InputError, OSError) as failure:
+            if getattr(failure, "errno", None) in _FULL:
+                raise InputError(f"{task.out}: cannot be written (no space left); free some, then start again: what is "
+                                 "prepared is kept") from failure
             counts["failed"] += 1
             error = str(failure)
         on_scan(task.path, error)
@@ -134,12 +148,15 @@ def _prepare(model: Model, task: Task, values: Values, threads: int) -> None:
     write_prepared(task.out, scan, model.manifest.preprocessing, origin, values)
 
 
-def _is_done(task: Task, values: Values) -> bool:
-    """Whether what is there was made of the scan as it is now, and read the same way; else it is made again."""
+def _is_done(model: Model, task: Task, values: Values) -> bool:
+    """Whether what is there is whole, for this bundle, and of the scan as it is now, read the same way."""
     if not task.out.exists():
         return False
     try:
         origin, there = read_origin(task.out)
+        model.prepare(task.out)
+    except BundleError:
+        raise
     except InputError:
         return False
     return (origin.path, (origin.bytes, origin.changed_ns), origin.options, there) == (

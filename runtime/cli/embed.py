@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from ..backends.base import Options
+from ..backends.base import AUTO, Options
 from ..errors import InputError
 from ..files import atomic_file
 from ..inputs import Item, find_items
@@ -81,6 +81,8 @@ def command(
 
     if address is None:
         _refuse("only with --ray", {"--workers": workers})
+    if address is not None and backend == AUTO:
+        raise InputError("--backend auto: with --ray each machine would choose for itself; name one")
     if device == "cpu":
         _refuse("only with --device cuda; on a CPU every reader computes its own scan", {"--batch": batch})
     items = list({item.path: item for item in find_items(inputs, split, given)}.values())
@@ -98,7 +100,8 @@ def command(
 
         spec = ModelSpec(str(bundle.absolute()), manifest.digest, device, backend, precision, preprocess, not no_verify)
         with connect(address) as cluster:
-            plan = cluster.plan(device, workers, readers, threads, batch or (_USUAL_BATCH if device == "cuda" else 1))
+            plan = cluster.plan(device, workers, readers, threads, batch or (_USUAL_BATCH if device == "cuda" else 1),
+                                exact_batch=batch is not None)
             with Store(out, identity, bundle) as store, progress(len(items)) as display:
                 report = EmbeddingJob(store, retry, told(display)).collect(
                     lambda todo: cluster.run(todo, spec, plan, store.index.contents()), items,

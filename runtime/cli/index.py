@@ -40,7 +40,7 @@ def command(store: Path, count: int, target: float, bundle: Path | None, threads
         if (task := model.manifest.zero_shot) is not None:
             texts = model.embed_text([prompt for name in task.classes for prompt in task.prompts(name)])
         measured = build_index(gallery, count, target, texts,
-                               lambda rows: display.stage(f"{rows} of {len(gallery.matrix)} scans"))
+                               lambda rows: display.stage(f"{rows} of {len(gallery.matrix)} scans"), threads or 0)
     if as_json:
         print_json(asdict(measured))
     else:

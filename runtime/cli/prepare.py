@@ -42,19 +42,19 @@ def command(bundle: Path, inputs: tuple[str, ...], out: Path, values: str, split
     place, and reads many times faster: evaluate, calibrate, retention, sensitivity, check, embed, zeroshot. For a
     bundle with another preprocessing it is refused. Exit code 2 if scans failed.
     """
-    from ..preparing import copy_tables, find_tasks, prepare_all
+    from ..preparing import copy_tables, find_tables, find_tasks, prepare_all
 
     given = {name: value for name, value in read_options.items() if value is not None}
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: expected a folder, found a file")
     require_writable_folder(out)
     model = load(bundle, verify=not no_verify)
-    tasks = find_tasks(inputs, split, given, out.absolute())
+    tasks, tables = find_tasks(inputs, split, given, out.absolute()), find_tables(inputs, out.absolute())
     cores = Options(threads=threads).thread_count
     readers = readers or max(1, cores // 2)
     with progress(len(tasks)) as display:
         report = prepare_all(model, tasks, _VALUES[values], readers, max(1, cores // readers), told(display))
-    tables = copy_tables(inputs, out.absolute())
+    copy_tables(tables)
     if as_json:
         print_json({**dataclasses.asdict(report), "tables": [str(path) for path in tables]})
     else:

@@ -68,7 +68,7 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
         else:
             from ..search.approximate import nearest_approximately
 
-            found = nearest_approximately(embeddings, gallery, measured, count + 1)
+            found = nearest_approximately(embeddings, gallery, measured, count + 1, threads or 0)
     if exact is None and measured is None and len(gallery.matrix) >= _INDEX_FROM:
         click.echo(f"{len(gallery.matrix)} scans: `dcformer index {store}` would answer faster from now on", err=True)
     hits = [_hits(gallery, found, number, row, count) for number, row in enumerate(own)]
@@ -118,11 +118,17 @@ def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Mo
     folder = bundle or read_info(gallery.store)[1]
     if folder is None or not folder.exists():
         raise InputError(f"{folder or 'bundle'}: the bundle of {gallery.store} is not there; pass --bundle DIR")
-    digest = open_bundle(folder, verify=False).manifest.digest
+    opened = open_bundle(folder, verify=False)
+    digest = opened.manifest.digest
     if digest != gallery.identity.manifest_sha256:
         raise InputError(f"{folder}: not the bundle of {gallery.store} (manifest {digest[:12]}…, the store says "
                          f"{gallery.identity.manifest_sha256[:12]}…); pass --bundle DIR")
-    model = load(folder, threads=threads, precision=gallery.identity.precision)
+    precision = gallery.identity.precision
+    if any(opened.manifest.graph(role, precision, "onnxruntime") is None for role in ("image", "text")
+           if opened.manifest.graph(role) is not None):
+        click.echo(f"queries are embedded in fp32: {folder} has no {precision} for onnxruntime", err=True)
+        precision = "fp32"
+    model = load(folder, threads=threads, precision=precision)
     announce(model)
     return model
 

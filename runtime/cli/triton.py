@@ -54,6 +54,8 @@ def command(bundle: Path, out: Path, scans: str, name: str | None, tower: str, d
         raise InputError(f"--backend {backend}: only with --tower python")
     if not Path(scans).is_absolute():
         raise InputError(f"--scans {scans}: expected an absolute path, as the server sees it")
+    if tower == "tensorrt" and device != "cuda":
+        raise InputError("--tower tensorrt: only with --device cuda")
     backend = backend or ("onnxruntime" if tower != "tensorrt" else "tensorrt")
     Options(device, None, backend, precision)  # says what does not go together
     opened = open_bundle(bundle, engines=True)

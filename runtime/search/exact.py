@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: Rows of the gallery at once: 128 MB of 512 float32.
-_BLOCK = 1 << 16
+#: Rows of the gallery at once, 128 MB of 512 float32, and queries.
+_BLOCK, _QUERIES = 1 << 16, 256
 #: Cosines that differ by less are equal: those of equal texts, for example.
 _EQUAL = 1e-7
 
@@ -40,8 +40,14 @@ def nearer(queries: NDArray[np.floating], gallery: NDArray[np.floating]) -> NDAr
 
     Rows as near as that (equal reports) share their places, so half of them count as nearer.
     """
+    return np.concatenate([_nearer(queries[start : start + _QUERIES], gallery, gallery[start : start + _QUERIES])
+                           for start in range(0, len(queries), _QUERIES)])
+
+
+def _nearer(queries: NDArray[np.floating], gallery: NDArray[np.floating], theirs: NDArray[np.floating]
+            ) -> NDArray[np.float64]:
     exact = queries.astype(np.float64)
-    own = np.einsum("nd,nd->n", exact, gallery.astype(np.float64))[:, None]
+    own = np.einsum("nd,nd->n", exact, theirs.astype(np.float64))[:, None]
     count = np.full(len(queries), -0.5)  # itself is as near as itself
     for start in range(0, len(gallery), _BLOCK):
         difference = exact @ gallery[start : start + _BLOCK].astype(np.float64).T - own

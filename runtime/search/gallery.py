@@ -5,8 +5,13 @@ It lies in the store, in the folder ``search``, and is made anew when the store 
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,29 +19,32 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import atomic_folder
 from ..store.index import path_key
-from ..store.rows import Identity
-from ..store.store import parts, read_info
+from ..store.rows import Identity, schema
+from ..store.store import parts, read_info, read_part
 
 FOLDER = "search"
-_INFO, _MATRIX, _ROWS = "gallery.json", "embeddings.npy", "rows.arrow"
+_INFO, _MATRIX, _ROWS, _LOCK = "gallery.json", "embeddings.npy", "rows.arrow", "search.lock"
 _SCHEMA = pa.schema([("path", pa.large_string()), ("part", pa.large_string()), ("row", pa.int64())])
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """``matrix``: ``[n, d]`` float32, unit rows, on disk. ``folder``: where it lies, and an index may."""
+    """``matrix``: ``[n, d]`` float32, unit rows, on disk. ``folder``: where it lies, and an index may.
+
+    ``state``: of the store that it was made of.
+    """
 
     store: Path
     folder: Path
     identity: Identity
     matrix: NDArray[np.float32]
     rows: pa.Table
+    state: str
 
     def path(self, row: int) -> str:
         """Of the scan."""
@@ -50,41 +58,60 @@ class Gallery:
     def entry(self, row: int) -> dict[str, Any]:
         """All that the store says of a scan but its embedding."""
         part, number = (self.rows.column(name)[row].as_py() for name in ("part", "row"))
-        columns = [name for name in pq.read_schema(self.store / part).names if name != "embedding"]
-        return pq.read_table(self.store / part, columns=columns).slice(number, 1).to_pylist()[0]
+        columns = [name for name in schema(self.identity).names if name != "embedding"]
+        return read_part(self.store / part, columns).slice(number, 1).to_pylist()[0]
 
 
 def open_gallery(store: Path, on_stage: Callable[[str], None] = lambda _: None) -> Gallery:
     """Open the matrix of a store; make it if there is none yet, or the store has changed since.
 
     Raises:
-        InputError: no store, nothing embedded in it, or no permission to write there.
+        InputError: no store, nothing embedded in it, a damaged part, no space, or no permission to write there.
     """
     identity, _ = read_info(store)
     folder = store / FOLDER
-    state = _state(store)
-    if _read_state(folder) != state:
-        on_stage(f"{store}: gathering its embeddings")
-        with atomic_folder(folder, replace_if_it_holds=_INFO) as new:
-            _write(new, store, identity)
-            (new / _INFO).write_text(json.dumps(state))
+    with _one_at_a_time(store):
+        state = _state(store)
+        if _read_state(folder) != state:
+            on_stage(f"{store}: gathering its embeddings")
+            for leftover in store.glob(f".{FOLDER}.*.tmp"):  # of one that was killed
+                shutil.rmtree(leftover)
+            with atomic_folder(folder, replace_if_it_holds=_INFO) as new:
+                _write(new, store, identity)
+                (new / _INFO).write_text(state)
+        try:
+            matrix = np.load(folder / _MATRIX, mmap_mode="r", allow_pickle=False)
+            with pa.memory_map(str(folder / _ROWS)) as file:
+                rows = pa.ipc.open_file(file).read_all()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise InputError(f"{folder}: damaged ({error}); remove this folder, it will be made anew") from error
+    return Gallery(store, folder, identity, matrix, rows, hashlib.sha256(state.encode()).hexdigest())
+
+
+@contextmanager
+def _one_at_a_time(store: Path) -> Iterator[None]:
+    """Nobody replaces the folder while another reads or makes it; where nothing can be written nobody replaces it."""
     try:
-        matrix = np.load(folder / _MATRIX, mmap_mode="r", allow_pickle=False)
-        with pa.memory_map(str(folder / _ROWS)) as file:
-            rows = pa.ipc.open_file(file).read_all()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{folder}: damaged ({error}); remove this folder, it will be made anew") from error
-    return Gallery(store, folder, identity, matrix, rows)
-
-
-def _state(store: Path) -> list[list[Any]]:
-    return [[path.name, (status := path.stat()).st_size, status.st_mtime_ns] for path in parts(store)]
-
-
-def _read_state(folder: Path) -> list[list[Any]] | None:
+        lock = os.open(store / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:
+        yield
+        return
     try:
-        return json.loads((folder / _INFO).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _state(store: Path) -> str:
+    """Of the parts; another one, another text."""
+    return json.dumps([[path.name, (status := path.stat()).st_size, status.st_mtime_ns] for path in parts(store)])
+
+
+def _read_state(folder: Path) -> str | None:
+    try:
+        return (folder / _INFO).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
         return None
 
 
@@ -94,18 +121,20 @@ def _write(new: Path, store: Path, identity: Identity) -> None:
     count = sum(len(rows) for rows in chosen.values())
     if not count:
         raise InputError(f"{store}: nothing has been embedded in it; nothing to search")
-    matrix = np.lib.format.open_memmap(new / _MATRIX, "w+", np.float32, (count, identity.embedding_dim))
-    at = 0
-    with pa.OSFile(str(new / _ROWS), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-        for part, rows in chosen.items():
-            table = pq.read_table(part, columns=["path", "embedding"]).take(pa.array(rows))
-            flat = table.column("embedding").combine_chunks().flatten()
-            matrix[at : at + len(rows)] = flat.to_numpy().reshape(len(rows), -1)
-            at += len(rows)
-            writer.write_table(pa.table([table.column("path").cast(pa.large_string()),
-                                         pa.array([part.name] * len(rows), pa.large_string()), pa.array(rows)],
-                                        schema=_SCHEMA))
-    matrix.flush()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, identity.embedding_dim)}
+    try:
+        # Written, not mapped: a disk that is full is an error then, and not the program's sudden end.
+        with (new / _MATRIX).open("wb") as matrix, pa.OSFile(str(new / _ROWS), "wb") as file, \
+                pa.ipc.new_file(file, _SCHEMA) as writer:
+            np.lib.format.write_array_header_1_0(matrix, header)
+            for part, rows in chosen.items():
+                table = read_part(part, ["path", "embedding"]).take(pa.array(rows))
+                matrix.write(table.column("embedding").combine_chunks().flatten().to_numpy().astype("<f4").tobytes())
+                writer.write_table(pa.table([table.column("path").cast(pa.large_string()),
+                                             pa.array([part.name] * len(rows), pa.large_string()), pa.array(rows)],
+                                            schema=_SCHEMA))
+    except OSError as error:
+        raise InputError(f"{store / FOLDER}: cannot be written ({error.strerror or error}); free some space") from error
 
 
 def _last_rows(store: Path) -> dict[Path, NDArray[np.int64]]:
@@ -113,7 +142,7 @@ def _last_rows(store: Path) -> dict[Path, NDArray[np.int64]]:
     there = parts(store)
     keys, good = [np.empty(0, np.uint64)], [np.empty(0, bool)]
     for part in there:
-        table = pq.read_table(part, columns=["path", "error"])
+        table = read_part(part, ["path", "error"])
         keys.append(np.fromiter(map(path_key, table.column("path").to_pylist()), np.uint64, len(table)))
         good.append(table.column("error").combine_chunks().is_null().to_numpy(zero_copy_only=False))
     every = np.concatenate(keys)

@@ -14,8 +14,13 @@ INDEX_NAME, RECALL_NAME = "approximate.usearch", "approximate.json"
 
 @dataclass(frozen=True)
 class Measured:
-    """An index. ``recall``: share of the exact ``k`` nearest that are found, by kind of query, of ``probes`` each."""
+    """An index.
 
+    ``gallery``: the state of that which it is of. ``recall``: share of the exact ``k`` nearest that are found, by kind
+    of query, of ``probes`` each.
+    """
+
+    gallery: str
     rows: int
     k: int
     expansion: int
@@ -29,14 +34,14 @@ class Measured:
 
 
 def read_measured(gallery: Gallery) -> Measured | None:
-    """What is known of the index of a gallery; None without one."""
+    """What is known of the index of a gallery; None without one, or with that of the store as it was."""
     try:
         measured = Measured(**json.loads((gallery.folder / RECALL_NAME).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise damaged(gallery.folder / RECALL_NAME, error) from error
-    return measured if (gallery.folder / INDEX_NAME).is_file() else None
+    return measured if measured.gallery == gallery.state and (gallery.folder / INDEX_NAME).is_file() else None
 
 
 def damaged(path: Path, error: Exception) -> InputError:

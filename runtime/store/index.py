@@ -1,4 +1,4 @@
-"""Which files a store knows, and where which content lies: 49 bytes per row, so that ten millions fit in memory."""
+"""Which files a store knows, and where which content lies: 57 bytes per row, so that ten millions fit in memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from numpy.typing import NDArray
 
 #: New rows are kept in dictionaries, and merged into the arrays when there are so many.
 _MERGE_AT = 1 << 16
-_FILE = np.dtype([("bytes", np.int64), ("changed_ns", np.int64), ("failed", np.bool_)])
+_FILE = np.dtype([("bytes", np.int64), ("changed_ns", np.int64), ("failed", np.bool_), ("table", np.uint64)])
 _PLACE = np.dtype([("rest", np.uint64), ("part", np.uint32), ("row", np.uint32)])
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a store knows of a file: its size and time of change when it was read, and whether that failed."""
+    """What a store knows of a file: its size and time of change when it was read, and whether that failed.
+
+    ``table``: a key of the table of metadata by which it was read, 0 for none.
+    """
 
     bytes: int
     changed_ns: int
     failed: bool
+    table: int = 0
 
 
 def _content_key(sha256: str) -> tuple[int, int]:
@@ -79,11 +83,14 @@ class Index:
         self._merge()
         return len(self._files)
 
-    def add(self, part: int, rows: Iterable[tuple[str, int, int, str | None, bool]]) -> None:
-        """Take a part's rows, in order: path, bytes, changed_ns, sha256, failed. Later ones of a path count."""
-        for number, (path, size, changed_ns, sha256, failed) in enumerate(rows):
-            self._new_files[path_key(path)] = Known(size, changed_ns, failed)
-            if sha256 is not None and not failed:
+    def add(self, part: int, rows: Iterable[tuple[str, int, int, str | None, bool, str | None]]) -> None:
+        """Take a part's rows, in order: path, bytes, changed_ns, sha256, failed, table. Later ones of a path count.
+
+        A content that was read by a table is not known for other files: another table may say other things of it.
+        """
+        for number, (path, size, changed_ns, sha256, failed, table) in enumerate(rows):
+            self._new_files[path_key(path)] = Known(size, changed_ns, failed, table_key(table))
+            if sha256 is not None and not failed and table is None:
                 key, rest = _content_key(sha256)
                 self._new_contents[key] = (rest, part, number)
         if len(self._new_files) >= _MERGE_AT:
@@ -95,7 +102,8 @@ class Index:
         if key in self._new_files:
             return self._new_files[key]
         at = self._files.get(key)
-        return None if at is None else Known(int(at["bytes"]), int(at["changed_ns"]), bool(at["failed"]))
+        return None if at is None else Known(
+            int(at["bytes"]), int(at["changed_ns"]), bool(at["failed"]), int(at["table"]))
 
     def content(self, sha256: str) -> tuple[int, int] | None:
         """Part and row that hold this content."""
@@ -109,10 +117,15 @@ class Index:
         return Contents(self._contents.keys, np.ascontiguousarray(self._contents.values["rest"]))
 
     def _merge(self) -> None:
-        self._files.merge({key: (known.bytes, known.changed_ns, known.failed)
+        self._files.merge({key: (known.bytes, known.changed_ns, known.failed, known.table)
                            for key, known in self._new_files.items()})
         self._contents.merge(self._new_contents)
         self._new_files, self._new_contents = {}, {}
+
+
+def table_key(table: str | None) -> int:
+    """64 bits that stand for ``Entry.table``."""
+    return 0 if table is None else path_key(table)
 
 
 def path_key(path: str) -> int:

@@ -34,6 +34,7 @@ class Entry:
     could not be. ``embedding`` [dim], ``scores`` [classes] float32, None with an ``error``. ``shape_hwd``,
     ``spacing_hwd_mm``, ``orientation``: of the scan as read. ``hounsfield``: maps from stored values, such as
     "1 * v - 1024", in the order in which they were applied. ``notes``: what else was done to it.
+    ``table``: of metadata by which it was read, with its size and time of change.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Entry:
     orientation: str | None = None
     hounsfield: str | None = None
     notes: str | None = None
+    table: str | None = None
 
 
 def schema(identity: Identity) -> pa.Schema:
@@ -58,7 +60,8 @@ def schema(identity: Identity) -> pa.Schema:
         ("embedding", pa.list_(pa.float32(), identity.embedding_dim)),
         ("scores", pa.list_(pa.float32(), max(1, len(identity.classes)))), ("error", pa.string()),
         ("shape_hwd", pa.list_(pa.int32(), 3)), ("spacing_hwd_mm", pa.list_(pa.float64(), 3)),
-        ("orientation", pa.string()), ("hounsfield", pa.string()), ("notes", pa.string())])
+        ("orientation", pa.string()), ("hounsfield", pa.string()), ("notes", pa.string()),
+        ("table", pa.string())])
 
 
 def table(entries: list[Entry], identity: Identity) -> pa.Table:

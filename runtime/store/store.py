@@ -13,6 +13,7 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -57,7 +58,7 @@ class Store:
         _require_same(folder, identity)
         self._lock = _lock(folder)
         try:
-            for leftover in folder.glob(f"*{_TEMPORARY}"):
+            for leftover in folder.glob(f"part-*{_TEMPORARY}"):
                 leftover.unlink()
             self.index = Index()
             self._next = 0
@@ -71,7 +72,8 @@ class Store:
     def _take(self, part: Path) -> None:
         """Learn what a part holds; one that cannot be read is set aside."""
         try:
-            rows = pq.read_table(part, columns=["path", "bytes", "changed_ns", "sha256", "error"], memory_map=False)
+            rows = pq.read_table(part, columns=["path", "bytes", "changed_ns", "sha256", "error", "table"],
+                                 memory_map=False)
         except (pa.ArrowException, OSError) as error:
             aside = part.with_suffix(".damaged")
             part.rename(aside)
@@ -80,22 +82,22 @@ class Store:
             return
         failed = rows.column("error").is_valid().to_pylist()
         columns = (rows.column(name).to_pylist() for name in ("path", "bytes", "changed_ns", "sha256"))
-        self.index.add(_number(part), zip(*columns, failed, strict=True))
+        self.index.add(_number(part), zip(*columns, failed, rows.column("table").to_pylist(), strict=True))
 
     def has_content(self, sha256: str) -> bool:
         """Whether a file with this content has been embedded."""
         return self.index.content(sha256) is not None or any(
-            entry.sha256 == sha256 and entry.error is None for entry in self._waiting)
+            entry.sha256 == sha256 and entry.error is None and entry.table is None for entry in self._waiting)
 
     def same_content(self, sha256: str) -> Entry | None:
         """The row of another file with the same content."""
         for entry in self._waiting:
-            if entry.sha256 == sha256 and entry.error is None:
+            if entry.sha256 == sha256 and entry.error is None and entry.table is None:
                 return entry
         if (place := self.index.content(sha256)) is None:
             return None
         part, index = place
-        row = pq.read_table(self.folder / part_name(part)).slice(index, 1)
+        row = read_part(self.folder / part_name(part)).slice(index, 1)
         values = row.to_pylist()[0]
         vectors = {name: row.column(name).combine_chunks().flatten().to_numpy() if values[name] is not None else None
                    for name in ("embedding", "scores")}
@@ -123,8 +125,8 @@ class Store:
             temporary.unlink(missing_ok=True)
             raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some space, then start "
                              "again: what is finished is kept") from error
-        self.index.add(self._next, ((entry.path, entry.bytes, entry.changed_ns, entry.sha256, entry.error is not None)
-                                    for entry in self._waiting))
+        self.index.add(self._next, ((entry.path, entry.bytes, entry.changed_ns, entry.sha256, entry.error is not None,
+                                     entry.table) for entry in self._waiting))
         self._waiting, self._since, self._next = [], time.monotonic(), self._next + 1
 
     def __enter__(self) -> Store:
@@ -136,6 +138,19 @@ class Store:
             self.flush()
         finally:
             os.close(self._lock)
+
+
+def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of a part; None = all columns.
+
+    Raises:
+        InputError: damaged.
+    """
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged ({error}); move it away, and `dcformer embed` makes its rows again"
+                         ) from error
 
 
 def part_name(number: int) -> str:
@@ -178,7 +193,7 @@ def read_store(folder: Path) -> pa.Table:
         InputError: not a store.
     """
     identity = read_info(folder)[0]
-    whole = pa.concat_tables([schema(identity).empty_table(), *(pq.read_table(part) for part in parts(folder))])
+    whole = pa.concat_tables([schema(identity).empty_table(), *map(read_part, parts(folder))])
     last = {path: index for index, path in enumerate(whole.column("path").to_pylist())}
     found = whole.take(pa.array(sorted(last.values()), pa.int64()))
     return found.replace_schema_metadata({"dcformer": json.dumps(dataclasses.asdict(identity))})

@@ -7,8 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+from ..backends import Options
 from ..bundle import Bundle, copy_files, open_bundle, write_manifest
-from ..engines import EngineRecord, find_engine, read_engine
+from ..engines import LIBRARIES, EngineRecord, find_engine, read_engine
 from ..errors import BundleError, InputError
 from ..files import atomic_folder
 from ..manifest import Graph
@@ -31,11 +32,9 @@ def write_repository(bundle: Bundle, serving: Serving, out: Path, force: bool) -
     """
     towers = {role: _graph(bundle, role, serving) for role in ("image", "text")}
     image = towers["image"]
-    if image is None:
-        raise BundleError(f"{bundle.folder}: no image tower in {serving.precision}; `dcformer calibrate` adds "
-                          "precisions")
-    engines = {role: find_engine(bundle, role, serving.precision, "tensorrt", None)
-               for role, graph in towers.items() if graph is not None} if serving.tower == "tensorrt" else {}
+    assert image is not None  # a bundle without one is refused when it is opened
+    engines = {role: find_engine(bundle, role, serving.precision, serving.backend, None)
+               for role, graph in towers.items() if graph is not None} if serving.backend in LIBRARIES else {}
     for record in engines.values():
         largest = min(max(shapes.largest[0] for shapes in profile.values()) for profile in record.profiles)
         if largest < serving.max_batch:
@@ -53,7 +52,7 @@ def write_repository(bundle: Bundle, serving: Serving, out: Path, force: bool) -
                 (folder / "1" / FILES["python"]).write_text(
                     f"from dcformer_deploy.runtime.triton.serving import {model.module} as TritonPythonModel\n"
                     '\n__all__ = ["TritonPythonModel"]\n', encoding="utf-8")
-            elif model.role in engines:
+            elif serving.tower == "tensorrt" and model.role in engines:
                 (folder / "1" / FILES["tensorrt"]).write_bytes(read_engine(bundle, engines[model.role]))
             elif model.role is not None and (graph := towers[model.role]) is not None:
                 shutil.copyfile(bundle.path(graph.file), folder / "1" / FILES["onnxruntime"])
@@ -69,7 +68,16 @@ def write_repository(bundle: Bundle, serving: Serving, out: Path, force: bool) -
 
 
 def _graph(bundle: Bundle, role: str, serving: Serving) -> Graph | None:
-    """What the tower's back end runs."""
-    targets = {"onnxruntime": "onnxruntime" if serving.device == "cpu" else "any", "tensorrt": "tensorrt",
-               "python": serving.backend}
-    return bundle.manifest.graph(role, serving.precision, targets[serving.tower])
+    """What the tower's back end runs, as the runtime would choose it; None for a tower that the bundle does not have.
+
+    Raises:
+        BundleError: not in this precision.
+    """
+    if bundle.manifest.graph(role) is None:
+        return None
+    options = Options(serving.device, None, serving.backend, serving.precision)
+    graph = bundle.manifest.graph(role, options.graph_precision, options.target)
+    if graph is None:
+        raise BundleError(f"{bundle.folder}: no {role} tower in {serving.precision} for {serving.backend}; `dcformer "
+                          "calibrate` adds precisions")
+    return graph

@@ -66,7 +66,10 @@ class Preprocess(_Model):
     def _inside(self, given: str) -> Path:
         """A client may not have the server read whatever it can."""
         root = Path(self._parameters["scans"]).resolve()
-        path = (root / given).resolve()
+        try:
+            path = (root / given).resolve()
+        except (OSError, ValueError) as error:  # a null character, a loop of links
+            raise InputError("a path that cannot be one") from error
         if not path.is_relative_to(root):
             raise InputError(f"{given}: not below the folder of scans that this server was set up with")
         return path

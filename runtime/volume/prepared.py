@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,11 @@ Values = Literal["int16", "float16"]
 _STEPS = 2 * 32767
 #: Attributes and the archive's own tables.
 _LARGEST_OVERHEAD = 1 << 20
+#: What is written; anything else might run code, or unpack without end.
+_CODECS = ["BytesCodec", "BloscCodec"]
+_DTYPES: dict[str, type[np.generic]] = {"int16": np.int16, "float16": np.float16}
+#: A Blosc chunk begins with 16 bytes; the fourth to seventh are its unpacked size.
+_BLOSC_HEADER = struct.Struct("<4xI8x")
 _CHUNKS = 4
 
 
@@ -109,6 +117,8 @@ def read_prepared(path: Path, inputs: Sequence[TensorInfo], spec: Preprocessing)
         raise InputError(f"{path}: its values are not those that were written; damaged, prepare it again")
     dtypes = {info.name: info.dtype for info in inputs}
     try:
+        if any(array.dtype != _DTYPES[about["values"]] for array in arrays.values()):
+            raise InputError(f"{path}: its values are not {about['values']}, as it says; damaged, prepare it again")
         feeds = {name: _from_16_bits(array, spec, about["values"]).astype(dtypes[name], copy=False)
                  for name, array in arrays.items()}
         return PreparedScan(feeds, *(_tuple(about["scan"][field.name]) for field in dataclasses.fields(PreparedScan)
@@ -143,12 +153,9 @@ def _open(path: Path, shapes: Mapping[str, tuple[int, ...]], purpose: Mapping[st
 
     require_file(path, "prepared scan")
     try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(info.file_size for info in archive.infolist())
-        if unpacked > path.stat().st_size + _LARGEST_OVERHEAD:
-            raise InputError(f"{path}: unpacks to {unpacked} bytes; not a prepared scan")
+        _require_small(path, shapes)
         with ZipStore(path, mode="r") as store:
-            group = zarr.open_group(store, mode="r")
+            group = zarr.open_group(store, mode="r", zarr_format=3)
             about = dict(group.attrs)
             if about.get("format") != FORMAT:
                 raise InputError(f"{path}: not a prepared scan of this version; `dcformer prepare` makes one")
@@ -159,15 +166,35 @@ def _open(path: Path, shapes: Mapping[str, tuple[int, ...]], purpose: Mapping[st
             return about, {name: _array(group[name], shape) for name, shape in shapes.items()}
     except InputError:
         raise
-    except (OSError, zipfile.BadZipFile, BaseZarrError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, BaseZarrError, KeyError, ValueError, TypeError, AttributeError,
+            RuntimeError, NotImplementedError, ArithmeticError, struct.error) as error:
         raise _damaged(path, error) from error
+
+
+def _require_small(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Neither the archive nor the chunks in it may unpack to more than was written."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        unpacked = sum(info.file_size for info in entries)
+        if unpacked > path.stat().st_size + _LARGEST_OVERHEAD:
+            raise InputError(f"{path}: unpacks to {unpacked} bytes; not a prepared scan")
+        chunks = 0
+        for info in entries if shapes else ():
+            if "/c/" in info.filename:
+                with archive.open(info) as file:
+                    chunks += _BLOSC_HEADER.unpack(file.read(_BLOSC_HEADER.size))[0]
+    # The last chunk of an array may be filled up.
+    if chunks > 2 * _CHUNKS * sum(2 * math.prod(shape) for shape in shapes.values()):
+        raise InputError(f"{path}: its chunks unpack to {chunks} bytes; not a prepared scan")
 
 
 def _array(array: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     chunks = getattr(array, "chunks", None)
     if chunks is None or array.shape != shape or any(c > s for c, s in zip(chunks, shape, strict=True)) \
-            or array.dtype not in (np.int16, np.float16):
+            or array.dtype not in _DTYPES.values():
         raise ValueError(f"an array of another shape than {list(shape)}")
+    if [type(codec).__name__ for codec in array.metadata.codecs] != _CODECS:
+        raise ValueError("an array in another encoding")
     return np.asarray(array[...])
 
 

@@ -21,15 +21,24 @@ from dcformer_deploy.runtime import cluster as module
 
 
 def _workers() -> list[int]:
-    """Processes that hold a model, by their names."""
+    """Processes of this session's Ray that hold a model, by their names."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::MapWorker" in (folder / "cmdline").read_bytes():
+            if b"ray::MapWorker" in (folder / "cmdline").read_bytes() and _is_ours(folder):
                 found.append(int(folder.name))
         except OSError:  # it ended meanwhile
             continue
     return found
+
+
+def _is_ours(process: Path) -> bool:
+    """Ray's processes are told where their session's files lie; another test run has another one."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and Path(node.get_session_dir_path()).name.encode() in (process / "environ").read_bytes() \
+        + b"".join(link.readlink().as_posix().encode() for link in (process / "fd").iterdir())
 
 
 def _reads(pid: int, path: Path) -> bool:
@@ -149,13 +158,15 @@ def test_refused_before_anything_is_written(pristine_bundle: Path, scans: Path, 
 
 
 @pytest.mark.parametrize(("cpus", "gpus", "device", "given", "expected"), [
-    (16, 1, "cuda", {}, (1, 16, 1, 15, 1)), (32, 4, "cuda", {}, (4, 8, 1, 7, 1)), (8, 0, "cpu", {}, (8, 1, 0, 1, 1)),
+    (16, 1, "cuda", {}, (1, 16, 1, 15, 1)), (32, 4, "cuda", {}, (4, 8, 1, 7, 1)), (8, 0, "cpu", {}, (9, 1, 0, 1, 1)),
     (8, 0, "cpu", {"threads": 4}, (2, 4, 0, 4, 1)), (8, 0, "cpu", {"threads": 4, "readers": 2}, (2, 4, 0, 2, 2)),
     (8, 0, "cpu", {"workers": 3}, (3, 1, 0, 1, 1)),
 ])
 def test_plans(cpus: int, gpus: int, device: str, given: dict, expected: tuple[int, ...],
                monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": float(cpus), "GPU": float(gpus)})
+    monkeypatch.setattr(module.ray, "nodes", lambda: [
+        {"Alive": True, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}},
+        {"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}])
     options = {"workers": None, "readers": None, "threads": None, **given}
     found = module.Cluster("auto").plan(device, **options, batch=8)
     assert (found.count, found.cpus, found.gpus, found.settings.readers, found.settings.threads) == expected

@@ -80,6 +80,23 @@ def test_again_only_what_is_new_or_changed(pristine_bundle: Path, folder: Path, 
     assert "a store of other results: its options is {}" in capsys.readouterr().err
 
 
+def test_what_a_table_says_is_not_taken_for_other_files(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
+    """The same content with a table, without one, and with a corrected one."""
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+        shutil.copy(scans / "b.nii.gz", tmp_path / name / "b.nii.gz")
+    table = tmp_path / "with" / "metadata.csv"
+    table.write_text("VolumeName,XYSpacing,ZSpacing,RescaleSlope,RescaleIntercept\nb.nii.gz,\"[0.5, 0.5]\",2.5,1,0\n")
+    store = tmp_path / "s"
+    assert _counts(_run(capsys, 0, pristine_bundle, tmp_path / "with", "--out", store)) == (1, 0, 0, 0)
+    assert _counts(_run(capsys, 0, pristine_bundle, tmp_path / "without", "--out", store)) == (1, 0, 0, 0)
+    assert _counts(_run(capsys, 0, pristine_bundle, tmp_path / "with", "--out", store)) == (0, 0, 0, 1)
+    table.write_text(table.read_text().replace("2.5", "1.5"))
+    assert _counts(_run(capsys, 0, pristine_bundle, tmp_path / "with", "--out", store)) == (1, 0, 0, 0)
+    spacings = {Path(row["path"]).parent.name: row["spacing_hwd_mm"] for row in read_store(store).to_pylist()}
+    assert spacings == {"with": [0.5, 0.5, 1.5], "without": pytest.approx([0.8, 0.9, 1.7], abs=0.11)}
+
+
 def test_on_a_gpu(built: Path, scans: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     """As many at once as the engine takes; scans that were made on the GPU one by one; the same answers."""
     library = install(built, monkeypatch)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcformer_deploy.runtime import InputError, load
+from dcformer_deploy.runtime import InputError, load, preparing
+from dcformer_deploy.runtime.bundle import write_manifest
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.volume.folder import find_scans
 from dcformer_deploy.runtime.volume.prepared import SUFFIX, as_volume, read_prepared
@@ -70,7 +71,7 @@ def test_commands_take_the_prepared_set(pristine_bundle: Path, scans: Path, prep
     assert main(["embed", str(bundle), str(prepared), "--out", str(tmp_path / "store")]) == 0
 
 
-def test_labels_and_reports_go_along_and_metadata_are_done(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
+def test_tables_go_along_and_metadata_are_not_applied_again(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
     data = tmp_path / "data"
     (data / "deep" / "er").mkdir(parents=True)
     shutil.copy(scans / "b.nii.gz", data / "deep" / "er" / "valid_1_a_1.nii.gz")
@@ -81,7 +82,7 @@ def test_labels_and_reports_go_along_and_metadata_are_done(pristine_bundle: Path
     out, arguments = tmp_path / "out", ["prepare", str(pristine_bundle), str(data), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert files == [f"deep/er/valid_1_a_1.nii.gz{SUFFIX}", "labels.csv"]
+    assert files == [f"deep/er/valid_1_a_1.nii.gz{SUFFIX}", "labels.csv", "metadata.csv"]
     assert find_scans(out) == [(out / files[0], None)]
     model = load(pristine_bundle)
     assert model.prepare(out / files[0]).spacing_hwd_mm == (0.5, 0.5, 2.5)
@@ -115,6 +116,52 @@ def test_again_only_what_has_changed(pristine_bundle: Path, scans: Path, tmp_pat
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
+def _stored(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> tuple[int, int, int]:
+    assert main(["prepare", *map(str, arguments), "--json"]) == code
+    out = json.loads(capsys.readouterr().out)
+    return out["prepared"], out["skipped"], out["failed"]
+
+
+def test_what_another_bundle_cannot_use_is_not_there_already(pristine_bundle: Path, scans: Path, tmp_path: Path,
+                                                             capsys):
+    """Prepared for one, then for another: it is prepared again, as its own error message asks for."""
+    other = Path(shutil.copytree(pristine_bundle, tmp_path / "other"))
+    manifest = load(pristine_bundle).manifest
+    window = dataclasses.replace(manifest.preprocessing, window_hu=(-1000.0, 400.0))
+    write_manifest(other, dataclasses.replace(manifest, preprocessing=window))
+    assert _stored(capsys, 0, pristine_bundle, scans, "--out", tmp_path / "p") == (4, 0, 0)
+    assert _stored(capsys, 0, other, scans, "--out", tmp_path / "p") == (4, 0, 0)
+    assert _stored(capsys, 0, other, scans, "--out", tmp_path / "p") == (0, 4, 0)
+    path = _one(tmp_path / "p")
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = next(info for info in archive.infolist() if "/c/" in info.filename)
+    content[info.header_offset + 30 + len(info.filename) + info.file_size // 2] ^= 0xFF
+    path.write_bytes(content)
+    assert _stored(capsys, 0, other, scans, "--out", tmp_path / "p") == (1, 3, 0)
+    load(other).prepare(path)
+
+
+def test_two_tables_of_one_name(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        shutil.copy(scans / f"{'b' if name == 'x' else 'd'}.nii.gz", tmp_path / name)
+        (tmp_path / name / "labels.csv").write_text("VolumeName,Emphysema\n")
+    assert main(["prepare", str(pristine_bundle), str(tmp_path / "x"), str(tmp_path / "y"), "--out",
+                 str(tmp_path / "out")]) == 2
+    assert "labels.csv have the same name; prepare into two folders" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_it(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys,
+                             monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preparing, "write_prepared", full)
+    assert main(["prepare", str(pristine_bundle), str(scans), "--out", str(tmp_path / "out"), "--readers", "1"]) == 2
+    assert capsys.readouterr().err.count("no space left") == 1
+
+
 def test_prepared_for_something_else(pristine_bundle: Path, prepared: Path):
     graph = load(pristine_bundle).manifest.graph("image")
     assert graph is not None
@@ -145,7 +192,45 @@ def _no_array(files: dict) -> dict:
     return {name: content for name, content in files.items() if not name.startswith("lines_h")}
 
 
+def _pickled(files: dict) -> dict:
+    """As Zarr 2, whose filters may be pickles: reading one would run what it says."""
+    attributes = json.loads(files["zarr.json"])["attributes"]
+    shape = json.loads(files["lines_d/zarr.json"])["shape"]
+    array = {"zarr_format": 2, "shape": shape, "chunks": shape, "dtype": "|O", "compressor": None, "fill_value": None,
+             "order": "C", "filters": [{"id": "pickle"}]}
+    return {".zgroup": b'{"zarr_format": 2}', ".zattrs": json.dumps(attributes).encode(),
+            "lines_d/.zarray": json.dumps(array).encode(), "lines_d/0.0.0.0.0": b"cos\nsystem\n(S'false'\ntR."}
+
+
+def _uncompressed(files: dict) -> dict:
+    name = "lines_d/zarr.json"
+    array = json.loads(files[name])
+    array["codecs"] = array["codecs"][:1]
+    return {**files, name: json.dumps(array).encode()}
+
+
+def _empty_chunks(files: dict) -> dict:
+    name = "lines_d/zarr.json"
+    array = json.loads(files[name])
+    array["chunk_grid"]["configuration"]["chunk_shape"][2] = 0
+    return {**files, name: json.dumps(array).encode()}
+
+
+def _blosc_bomb(files: dict) -> dict:
+    """A chunk that says it unpacks to two gigabytes."""
+    name = next(name for name in files if "/c/" in name)
+    return {**files, name: files[name][:4] + (2**31 - 1).to_bytes(4, "little") + files[name][8:]}
+
+
+def _other_type(files: dict) -> dict:
+    about = json.loads(files["zarr.json"])
+    about["attributes"]["values"] = "float16"
+    return {**files, "zarr.json": json.dumps(about).encode()}
+
+
 @pytest.mark.parametrize(("change", "message"), [
+    (_pickled, "damaged"), (_uncompressed, "an array in another encoding"), (_empty_chunks, "damaged"),
+    (_blosc_bomb, "its chunks unpack to 2[0-9]+ bytes"), (_other_type, "its values are not float16"),
     (_other_values, "its values are not those that were written"), (_no_array, "damaged"),
     (lambda files: {**files, "zarr.json": b"{}"}, "damaged"), (lambda files: {}, "damaged")])
 def test_damaged(pristine_bundle: Path, prepared: Path, tmp_path: Path, change: object, message: str):
@@ -191,11 +276,13 @@ def test_larger_arrays_than_expected_are_not_read(pristine_bundle: Path, prepare
     (("prepare", "{bundle}", "{scan}", "--out", "{out}"), "prepared already; name the scan itself"),
     (("prepare", "{bundle}", "{a}", "{b}", "--out", "{out}"), "have the same name"),
     (("prepare", "{bundle}", "{a}", "--out", "{a}"), "expected a folder"),
+    (("prepare", "{bundle}", "{folder}", "--out", "{folder}/p"), "whose scans would then be there twice"),
 ])
 def test_refused(pristine_bundle: Path, scans: Path, prepared: Path, tmp_path: Path, capsys, arguments: tuple,
                  message: str):
     (tmp_path / "x").mkdir()
-    names = {"bundle": pristine_bundle, "scan": _one(prepared), "out": tmp_path / "out", "a": scans / "b.nii.gz",
+    names = {"bundle": pristine_bundle, "scan": _one(prepared), "out": tmp_path / "out", "folder": tmp_path / "x",
+             "a": scans / "b.nii.gz",
              "b": shutil.copy(scans / "c.nii", tmp_path / "x" / "b.nii.gz")}
     assert main([argument.format(**names) for argument in arguments]) == 2
     assert message in capsys.readouterr().err

@@ -146,9 +146,9 @@ def test_an_index_is_a_dictionary_in_less_memory(monkeypatch: pytest.MonkeyPatch
     index, files, contents, rng = Index(), {}, {}, np.random.default_rng(0)
     for part in range(40):
         rows = [(f"/{rng.integers(300)}", int(rng.integers(99)), part, _sha256(int(rng.integers(200))),
-                 bool(rng.integers(2))) for _ in range(20)]
+                 bool(rng.integers(2)), None) for _ in range(20)]
         index.add(part, rows)
-        for number, (path, size, changed, sha256, failed) in enumerate(rows):
+        for number, (path, size, changed, sha256, failed, _) in enumerate(rows):
             files[path] = Known(size, changed, failed)
             if not failed:
                 contents[sha256] = (part, number)

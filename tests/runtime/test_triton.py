@@ -80,7 +80,9 @@ def test_tensorrt_towers(built: Path, tmp_path: Path, capsys):
     (("--scans", "/s", "--name", "a/b"), 2, "--name a/b: expected letters"),
     (("--scans", "/s", "--backend", "openvino"), 2, "only with --tower python"),
     (("--scans", "/s", "--precision", "int8"), 2, "no image tower in int8"),
-    (("--scans", "/s", "--tower", "tensorrt"), 2, "tensorrt"),
+    (("--scans", "/s", "--tower", "tensorrt"), 2, "--device cuda"),
+    (("--scans", "/s", "--tower", "python", "--backend", "tensorrt_rtx", "--device", "cuda"), 2,
+     "no tensorrt_rtx engine of the image tower"),
     (("--scans", "/s", "--tower", "tensorrt", "--device", "cuda"), 2, "no tensorrt engine of the image tower"),
 ])
 def test_refused(pristine_bundle: Path, tmp_path: Path, capsys, options: tuple, code: int, message: str):
@@ -173,7 +175,8 @@ def test_lines_by_shared_memory(served: client.InferenceServerClient, pristine_b
 @needs_server
 @pytest.mark.parametrize(("value", "message"), [
     ("/etc/passwd", "not below the folder of scans"), ("../secret.nii.gz", "not below the folder of scans"),
-    ("missing.nii.gz", "no such"), (b"\xff\xfe", "not UTF-8"), ("", "expected a")])
+    ("missing.nii.gz", "no such"), ("a\0b", "a path that cannot be one"), (b"\xff\xfe", "not UTF-8"),
+    ("", "no DICOM image")])
 def test_requests_that_are_refused_harm_no_other(served: client.InferenceServerClient, value: object, message: str):
     with pytest.raises(InferenceServerException, match=re.escape(message)):
         _ask(served, "net", "SCAN", [value])
