@@ -27,7 +27,7 @@ from .errors import BundleError, DcformerError, DeviceUnavailable, InputError
 from .inputs import Item
 from .model import Model, load
 from .pipeline import Outcome, Pipeline, Settings
-from .scan_files import file_facts
+from .scan_files import file_facts, path_text
 from .store import Entry
 from .store.index import Contents
 
@@ -145,7 +145,8 @@ class _Worker:
     def _alone(self, item: Item) -> Iterator[Outcome]:
         if self._begin(str(item.path)) > _MOST_DEATHS:
             told = f"{item.path}: {_MOST_DEATHS} workers ended over this scan (out of memory?)"
-            return iter([Outcome(Entry(str(item.path), *(file_facts(item.path) or (0, 0)), error=told), "failed")])
+            facts = file_facts(item.path) or (0, 0)
+            return iter([Outcome(Entry(path_text(item.path), *facts, error=told), "failed")])
         done = list(self._run([item], Settings(threads=self._settings.threads)))
         self._end(str(item.path))
         return iter(done)

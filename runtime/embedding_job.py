@@ -13,7 +13,7 @@ from pathlib import Path
 from .inputs import Item
 from .model import Model
 from .pipeline import STEPS, Outcome, Pipeline, Settings, table_of
-from .scan_files import file_facts
+from .scan_files import file_facts, path_text
 from .store import Entry, Store
 from .store.index import table_key
 
@@ -113,7 +113,7 @@ class EmbeddingJob:
         """Items without those whose file is as it was when its row was written."""
         for item in items:
             with self._lock:
-                known = self._store.index.file(str(item.path))
+                known = self._store.index.file(path_text(item.path))
             if known is not None and not (known.failed and self._retry):
                 facts = file_facts(item.path)
                 as_before = (known.bytes, known.changed_ns, known.table)

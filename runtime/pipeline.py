@@ -21,7 +21,7 @@ from .errors import BundleError, InferenceError, InputError
 from .inputs import Item
 from .model import Model
 from .results import Prepared
-from .scan_files import file_facts, require_scan, sha256_scan
+from .scan_files import file_facts, path_text, require_scan, sha256_scan
 from .store.rows import Entry
 
 Kind = Literal["embedded", "copied", "failed"]
@@ -150,7 +150,7 @@ class Pipeline:
 
     def _read(self, item: Item) -> _Read:
         facts = file_facts(item.path)
-        row = Entry(str(item.path), *(facts or (0, 0)), table=table_of(item))
+        row = Entry(path_text(item.path), *(facts or (0, 0)), table=table_of(item))
         seconds: dict[str, float] = {}
         try:
             require_scan(item.path)
@@ -199,4 +199,4 @@ class Pipeline:
 def table_of(item: Item) -> str | None:
     """See ``Entry.table``."""
     table = item.options.get("metadata")
-    return None if table is None else " ".join(map(str, (table, *(file_facts(Path(table)) or ()))))
+    return None if table is None else " ".join(map(str, (path_text(Path(table)), *(file_facts(Path(table)) or ()))))

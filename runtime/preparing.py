@@ -17,7 +17,7 @@ from .errors import BundleError, InputError
 from .files import atomic_file
 from .inputs import find_items
 from .model import Model
-from .scan_files import file_facts, require_scan, sha256_scan
+from .scan_files import file_facts, path_text, require_scan, sha256_scan
 from .volume.folder import NAME_COLUMN, table_header
 from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, read_origin, write_prepared
 
@@ -141,7 +141,7 @@ def _prepare(model: Model, task: Task, values: Values, threads: int) -> None:
     require_scan(task.path)
     facts = file_facts(task.path)
     found = model.prepare(task.path, threads, **task.options)
-    origin = Origin(str(task.path), *(facts or (0, 0)), sha256_scan(task.path), _stated(task.options))
+    origin = Origin(path_text(task.path), *(facts or (0, 0)), sha256_scan(task.path), _stated(task.options))
     if file_facts(task.path) != facts:
         raise InputError(f"{task.path}: changed while it was read; prepare it again")
     scan = PreparedScan(**{field.name: getattr(found, field.name) for field in dataclasses.fields(PreparedScan)})
@@ -160,14 +160,14 @@ def _is_done(model: Model, task: Task, values: Values) -> bool:
     except InputError:
         return False
     return (origin.path, (origin.bytes, origin.changed_ns), origin.options, there) == (
-        str(task.path), file_facts(task.path), _stated(task.options), values)
+        path_text(task.path), file_facts(task.path), _stated(task.options), values)
 
 
 def _stated(options: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON has it; a table of metadata with its size and time of change, as another says other things."""
     stated = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     if (table := options.get("metadata")) is not None:
-        stated["metadata"] = [str(table), *(file_facts(Path(table)) or ())]
+        stated["metadata"] = [path_text(Path(table)), *(file_facts(Path(table)) or ())]
     return stated
 
 

@@ -10,6 +10,11 @@ from pathlib import Path
 from .files import require_file, sha256_file
 
 
+def path_text(path: Path) -> str:
+    """A path as text that any file can hold: names that are not UTF-8 with their bytes escaped."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
 def require_scan(path: Path) -> None:
     """Raise InputError unless ``path`` is a folder or a readable regular file."""
     if not path.is_dir():

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import atomic_folder
+from ..scan_files import path_text
 from ..store.index import path_key
 from ..store.rows import Identity, schema
 from ..store.store import parts, read_info, read_part
@@ -52,7 +53,7 @@ class Gallery:
 
     def row_of(self, path: Path) -> int | None:
         """Of a scan in the store."""
-        row = pc.index(self.rows.column("path"), str(path.absolute())).as_py()
+        row = pc.index(self.rows.column("path"), path_text(path.absolute())).as_py()
         return None if row < 0 else row
 
     def entry(self, row: int) -> dict[str, Any]:

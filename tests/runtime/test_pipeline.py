@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import shutil
 import signal
@@ -78,6 +79,20 @@ def test_again_only_what_is_new_or_changed(pristine_bundle: Path, folder: Path, 
     assert rows["f.nii.gz"]["embedding"] == rows["b.nii.gz"]["embedding"]
     assert main(["embed", str(pristine_bundle), str(folder), "--out", str(tmp_path / "s"), "--slope", "2"]) == 2
     assert "a store of other results: its options is {}" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    odd = folder / os.fsdecode(b"caf\xe9 \xff.nii.gz")
+    shutil.copy(scans / "b.nii.gz", odd)
+    arguments = (pristine_bundle, folder, "--out", tmp_path / "s")
+    assert _counts(_run(capsys, 0, *arguments)) == (1, 0, 0, 0)
+    assert _counts(_run(capsys, 0, *arguments)) == (0, 0, 0, 1)
+    (row,) = read_store(tmp_path / "s").to_pylist()
+    assert row["path"].endswith(r"caf\udce9 \udcff.nii.gz")
+    assert main(["search", str(tmp_path / "s"), str(odd)]) == 0
+    assert main(["prepare", str(pristine_bundle), str(folder), "--out", str(tmp_path / "p")]) == 0
 
 
 def test_what_a_table_says_is_not_taken_for_other_files(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
