@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TextIO
 
 import click
+from click.shell_completion import shell_complete
 
 from ..errors import DcformerError, DcformerWarning, MissingDependency, install, one_line, suggestion
+from .completion import PROGRAM, VARIABLE
 
 #: Command name -> module of this package that defines ``command``, and its line in ``dcformer --help``.
 COMMANDS = {
@@ -35,6 +37,7 @@ COMMANDS = {
     "classify": ("classify", "Score scans with a fine-tuned detector."),
     "evaluate": ("evaluate", "Judge a bundle on a data set in CT-RATE's layout: AUROC, F1, retrieval."),
     "doctor": ("doctor", "Show what is installed, which devices there are, and what would run a bundle, and why."),
+    "completion": ("completion", "Print what makes a shell complete commands, options and their values."),
     "encoders": ("encoders", "List the encoders with parameters and GFLOPs beside the published ones."),
     "phantom": ("phantom", "Make synthetic chest CTs with known findings, in CT-RATE's layout."),
     "calibrate": ("calibrate", "Add FP16 and INT8 graphs to a bundle, from scans like those that it will see."),
@@ -95,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", DcformerWarning)
     arguments = sys.argv[1:] if arguments is None else arguments
+    if (wanted := os.environ.get(VARIABLE)) is not None:  # asked by the shell, not by the user
+        return shell_complete(cli, {}, PROGRAM, VARIABLE, wanted)
     try:
         # Not cli.main(): it turns a closed pipe into exit code 1, which here means that a check failed.
         with cli.make_context("dcformer", arguments or ["--help"]) as context:
