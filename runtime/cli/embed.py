@@ -121,7 +121,7 @@ def _print(report: Report, out: Path, as_json: bool) -> None:
         busy = ", ".join(f"{stage.name} {stage.busy:.0%} of {stage.workers}" for stage in report.stages)
         click.echo(f"{out}: {report.embedded} embedded, {report.copied} with the same content as another, "
                    f"{report.skipped} there already, {report.failed} failed; {report.scans_per_s:.2f} scans/s; busy: "
-                   f"{busy}")
+                   f"{busy}; limit: {report.limit}")
 
 
 def _refuse(why: str, options: Mapping[str, object]) -> None:
