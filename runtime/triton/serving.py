@@ -70,7 +70,7 @@ class Preprocess(_Model):
             path = (root / given).resolve()
         except (OSError, ValueError) as error:  # a null character, a loop of links
             raise InputError("a path that cannot be one") from error
-        if not path.is_relative_to(root):
+        if root not in path.parents:
             raise InputError(f"{given}: not below the folder of scans that this server was set up with")
         return path
 
