@@ -71,6 +71,11 @@ class Model:
         """What the bundle says of itself."""
         return self._bundle.manifest
 
+    @property
+    def device(self) -> str:
+        """Where inference runs: "cpu" or "cuda"; with the back end "auto", what it chose."""
+        return self._options.device
+
     def describe(self) -> str:
         """Inference library, version and device of the image tower; opens it if need be."""
         return self._graph("image").describe()

@@ -83,6 +83,7 @@ def command(
         _refuse("only with --ray", {"--workers": workers})
     if address is not None and backend == AUTO:
         raise InputError("--backend auto: with --ray each machine would choose for itself; name one")
+    device = model.device
     if device == "cpu":
         _refuse("only with --device cuda; on a CPU every reader computes its own scan", {"--batch": batch})
     items = list({item.path: item for item in find_items(inputs, split, given)}.values())
