@@ -129,7 +129,7 @@ def _loop(model: Model, scans: Sequence[Item]) -> Report:
     start = time.perf_counter()
     for item in scans:
         model.score_embeddings(model.embed_image(item.path)[None])
-    return Report(len(scans), 0, 0, 0, time.perf_counter() - start, (), {})
+    return Report(len(scans), 0, 0, 0, 0, time.perf_counter() - start, (), {})
 
 
 def _embed(model: Model, scans: Sequence[Item], settings: Settings, scratch: Path) -> Report:

@@ -32,15 +32,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done. ``embedded``: by inference; ``copied``: from a row with the same content; ``skipped``: there.
+    """What was done.
 
-    ``step_s``: mean seconds of each step, over the scans that took it.
+    ``embedded``: by inference; ``copied``: from a row with the same content; ``skipped``: there; ``failed_before``:
+    there, too, with an error. ``step_s``: mean seconds of each step, over the scans that took it.
     """
 
     embedded: int
     copied: int
     failed: int
     skipped: int
+    failed_before: int
     seconds: float
     stages: tuple[Stage, ...]
     step_s: dict[str, float]
@@ -102,7 +104,7 @@ class EmbeddingJob:
             ("writing", 1, self._seconds["write"])))
         steps = {name: self._seconds[name] / self._taken[name] for name in (*STEPS, "write") if self._taken[name]}
         return Report(self._counts["embedded"], self._counts["copied"], self._counts["failed"],
-                      self._counts["skipped"], seconds, stages, steps)
+                      self._counts["skipped"], self._counts["failed_before"], seconds, stages, steps)
 
     def is_known(self, sha256: str) -> bool:
         """Whether this content is in the store; may be called by any thread."""
@@ -118,7 +120,7 @@ class EmbeddingJob:
                 facts = file_facts(item.path)
                 as_before = (known.bytes, known.changed_ns, known.table)
                 if facts is None or (*facts, table_key(table_of(item))) == as_before:
-                    self._counts["skipped"] += 1
+                    self._counts["failed_before" if known.failed else "skipped"] += 1
                     self._on_scan(item.path, None)
                     continue
             yield item

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import atomic_file
 from ..inputs import Item, find_items
 from ..model import Model, load
-from .options import bundle_argument, keep_going_option, model_options, preprocess_option, scan_options
+from .options import bundle_argument, given_options, keep_going_option, model_options, preprocess_option, scan_options
 from .output import announce, print_json, progress, told
 from .scans import for_each_scan
 
@@ -64,7 +64,7 @@ def command(
     """
     if out.suffix not in ("", _FEW) and not out.is_dir():
         raise InputError(f"--out {out}: expected FILE.npz, or the name of a folder, without an ending")
-    given = {name: value for name, value in read_options.items() if value is not None}
+    given = given_options(read_options)
     cores = Options(threads=threads).thread_count
     readers_here = readers or _usual_readers(device, cores)
     in_store_on_cpu = device == "cpu" and out.suffix != _FEW
@@ -87,6 +87,8 @@ def command(
     if device == "cpu":
         _refuse("only with --device cuda; on a CPU every reader computes its own scan", {"--batch": batch})
     items = list({item.path: item for item in find_items(inputs, split, given)}.values())
+    if address is None:
+        model.describe()  # opens the image tower: what it lacks is found out before a store is begun
     manifest = model.manifest
     identity = Identity(manifest.digest, manifest.encoder, precision, manifest.embedding_dim,
                         manifest.zero_shot.classes if manifest.zero_shot else (),
@@ -108,21 +110,23 @@ def command(
                     lambda todo: cluster.run(todo, spec, plan, store.index.contents()), items,
                     plan.settings.readers * plan.count, plan.count)
     _print(report, out, as_json)
-    return 2 if report.failed else 0
+    return 2 if report.failed or report.failed_before else 0
 
 
 def _print(report: Report, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({"embedded": report.embedded, "copied": report.copied, "failed": report.failed,
-                    "skipped": report.skipped, "seconds": report.seconds, "scans_per_s": report.scans_per_s,
+                    "skipped": report.skipped, "failed_before": report.failed_before,
+                    "seconds": report.seconds, "scans_per_s": report.scans_per_s,
                     "limit": report.limit, "step_s": report.step_s,
                     "stages": [{"name": stage.name, "workers": stage.workers, "busy": stage.busy}
                                for stage in report.stages]})
     else:
         busy = ", ".join(f"{stage.name} {stage.busy:.0%} of {stage.workers}" for stage in report.stages)
+        before = f", {report.failed_before} failed before (--retry tries them again)" if report.failed_before else ""
         click.echo(f"{out}: {report.embedded} embedded, {report.copied} with the same content as another, "
-                   f"{report.skipped} there already, {report.failed} failed; {report.scans_per_s:.2f} scans/s; busy: "
-                   f"{busy}; limit: {report.limit}")
+                   f"{report.skipped} there already, {report.failed} failed{before}; "
+                   f"{report.scans_per_s:.2f} scans/s; busy: {busy}; limit: {report.limit}")
 
 
 def _refuse(why: str, options: Mapping[str, object]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,8 @@ from ..backends.base import AUTO, BACKENDS, DEVICES, MOST_THREADS, PREPROCESS
 from ..errors import InputError
 from ..files import require_file
 from ..manifest import PRECISIONS
+from ..volume import ReadOptions
+from ..volume.folder import METADATA_COLUMNS, choose_tables
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -42,6 +44,19 @@ def scan_options(function: _F) -> _F:
     )):
         function = option(function)
     return function
+
+
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``scan_options`` that were given, once they are found to be usable, before any scan is read.
+
+    Raises:
+        InputError: impossible values, or no table of metadata.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    ReadOptions(**given)
+    if (table := given.get("metadata")) is not None:
+        choose_tables(table, (), METADATA_COLUMNS, "metadata")
+    return given
 
 
 def model_options(function: _F) -> _F:

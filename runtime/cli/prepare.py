@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import require_writable_folder
 from ..model import load
 from ..volume.prepared import Values
-from .options import bundle_argument, scan_options
+from .options import bundle_argument, given_options, scan_options
 from .output import print_json, progress, told
 
 _VALUES: dict[str, Values] = {"int16": "int16", "fp16": "float16"}
@@ -44,7 +44,7 @@ def command(bundle: Path, inputs: tuple[str, ...], out: Path, values: str, split
     """
     from ..preparing import copy_tables, find_tables, find_tasks, prepare_all
 
-    given = {name: value for name, value in read_options.items() if value is not None}
+    given = given_options(read_options)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: expected a folder, found a file")
     require_writable_folder(out)

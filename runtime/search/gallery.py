@@ -84,7 +84,7 @@ def open_gallery(store: Path, on_stage: Callable[[str], None] = lambda _: None) 
             matrix = np.load(folder / _MATRIX, mmap_mode="r", allow_pickle=False)
             with pa.memory_map(str(folder / _ROWS)) as file:
                 rows = pa.ipc.open_file(file).read_all()
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, EOFError, pa.ArrowException) as error:
             raise InputError(f"{folder}: damaged ({error}); remove this folder, it will be made anew") from error
     return Gallery(store, folder, identity, matrix, rows, hashlib.sha256(state.encode()).hexdigest())
 

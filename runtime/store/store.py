@@ -73,7 +73,7 @@ class Store:
         """Learn what a part holds; one that cannot be read is set aside."""
         try:
             rows = pq.read_table(part, columns=["path", "bytes", "changed_ns", "sha256", "error", "table"],
-                                 memory_map=False)
+                                 page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             aside = part.with_suffix(".damaged")
             part.rename(aside)
@@ -116,7 +116,8 @@ class Store:
         path = self.folder / part_name(self._next)
         temporary = path.with_suffix(_TEMPORARY)
         try:
-            pq.write_table(table(self._waiting, self._identity), temporary, compression="zstd")
+            pq.write_table(table(self._waiting, self._identity), temporary, compression="zstd",
+                           write_page_checksum=True)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.rename(path)
@@ -147,7 +148,7 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         InputError: damaged.
     """
     try:
-        return pq.read_table(path, columns=columns)
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: damaged ({error}); move it away, and `dcformer embed` makes its rows again"
                          ) from error
@@ -186,12 +187,13 @@ def read_info(folder: Path) -> tuple[Identity, Path | None]:
                          "one") from error
 
 
-def read_store(folder: Path) -> pa.Table:
+def read_store(folder: str | Path) -> pa.Table:
     """All rows, the last of each path, failed ones included; columns as ``Entry``, with the identity as metadata.
 
     Raises:
         InputError: not a store.
     """
+    folder = Path(folder)
     identity = read_info(folder)[0]
     whole = pa.concat_tables([schema(identity).empty_table(), *map(read_part, parts(folder))])
     last = {path: index for index, path in enumerate(whole.column("path").to_pylist())}

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb  # pyright: ignore[reportMissingImports]
 from numpy.typing import NDArray
 
 from ..errors import BundleError, DcformerError, InputError
@@ -27,9 +27,11 @@ class _Model:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Called once by Triton."""
+        self._pb: Any = importlib.import_module("triton_python_backend_utils")
         config = json.loads(args["model_config"])
         self._parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-        self._outputs = {output["name"]: pb.triton_string_to_numpy(output["data_type"]) for output in config["output"]}
+        self._outputs = {output["name"]: self._pb.triton_string_to_numpy(output["data_type"])
+                         for output in config["output"]}
         folder = Path(args["model_repository"]).parent.parent / BUNDLE
         self._model = load(folder, self._parameters["device"], backend=self._parameters["backend"],
                            precision=self._parameters["precision"])
@@ -45,9 +47,9 @@ class _Model:
             feeds = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             outputs = self.answer(feeds)
         except DcformerError as error:
-            code = pb.TritonError.INVALID_ARG if isinstance(error, InputError) else pb.TritonError.INTERNAL
-            return pb.InferenceResponse(error=pb.TritonError(str(error), code))
-        return pb.InferenceResponse([pb.Tensor(name, np.ascontiguousarray(outputs[name], dtype))
+            code = self._pb.TritonError.INVALID_ARG if isinstance(error, InputError) else self._pb.TritonError.INTERNAL
+            return self._pb.InferenceResponse(error=self._pb.TritonError(str(error), code))
+        return self._pb.InferenceResponse([self._pb.Tensor(name, np.ascontiguousarray(outputs[name], dtype))
                                      for name, dtype in self._outputs.items()])
 
     def answer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -86,9 +88,10 @@ class Image(_Model):
         try:
             embeddings = self._model.embed_batch(scans)
         except DcformerError as error:
-            return [pb.InferenceResponse(error=pb.TritonError(str(error), pb.TritonError.INTERNAL))] * len(requests)
+            failure = self._pb.TritonError(str(error), self._pb.TritonError.INTERNAL)
+            return [self._pb.InferenceResponse(error=failure)] * len(requests)
         ends = np.cumsum([len(next(iter(one.values()))) for one in feeds])
-        return [pb.InferenceResponse([pb.Tensor("image_embedding", np.ascontiguousarray(rows, np.float32))])
+        return [self._pb.InferenceResponse([self._pb.Tensor("image_embedding", np.ascontiguousarray(rows, np.float32))])
                 for rows in np.split(embeddings, ends[:-1])]
 
 

@@ -32,8 +32,11 @@ from .options import AS_STORED, ReadOptions, expand_spacing
 from .types import LinearMap, Volume
 
 _CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
+_DICOMDIR = "1.2.840.10008.1.3.10"
+#: Endings of slices; a file with another one may be anything.
+_DICOM_SUFFIXES = ("", ".dcm", ".ima")
 _ENHANCED_CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2.1"
-_TAGS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "ImageType", "Rows",
+_TAGS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "ImageType", "Rows",
          "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope",
          "RescaleIntercept", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames")
 #: A zip that unpacks to more is refused, as is one that grows by more than pixels can.
@@ -149,11 +152,16 @@ def _read_headers(path: Path) -> list[_Header]:
         try:
             with file.open() as stream:
                 dataset = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(_TAGS))
-        except InvalidDicomError:
+        except InvalidDicomError as error:
+            if Path(file.name).suffix.lower() in _DICOM_SUFFIXES:
+                raise InputError(f"{file.name}: no DICOM file, though its name says nothing else: damaged, or to be "
+                                 "moved away") from error
             others += 1
             continue
         except _DAMAGE as error:
             raise InputError(f"{file.name}: damaged DICOM file ({_brief(error)})") from error
+        if "SOPClassUID" not in dataset and dataset.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
+            raise InputError(f"{file.name}: its header is cut off; copy the file again")
         if "SeriesInstanceUID" in dataset and "Rows" in dataset:
             found.append(_Header(file, dataset))
         else:
@@ -192,8 +200,11 @@ def _problem(group: Sequence[_Header]) -> str | None:
     first = group[0]
     if first.text("SOPClassUID") == _ENHANCED_CT_STORAGE or int(first.value("NumberOfFrames") or 1) > 1:
         return "a multi-frame image; convert it to one file per slice"
-    if first.text("Modality") != "CT" or first.text("SOPClassUID") not in ("", _CT_STORAGE):
-        return f"{len(group)} images of modality {first.text('Modality') or 'unknown'}, not CT"
+    for header in group:
+        if header.text("Modality") != "CT" or header.text("SOPClassUID") not in ("", _CT_STORAGE):
+            return f"images of modality {header.text('Modality') or 'unknown'} among {len(group)}, not CT"
+    if len({header.text("PatientID") for header in group}) > 1:
+        return "images of several patients under one UID"
     if any("LOCALIZER" in map(str.upper, map(str, header.value("ImageType") or ())) for header in group):
         return f"{len(group)} images with a localizer among them ({_localizer(group)})"
     if len(group) < _FEWEST_SLICES:
@@ -234,6 +245,11 @@ def _common_plane(path: Path, headers: Sequence[_Header]) -> tuple[int, int, tup
 
 def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[NDArray[Any], LinearMap]:
     """``[k, row, column]``: as stored, with the map to HU that all share; else HU, where slices have their own."""
+    for tag in ("RescaleSlope", "RescaleIntercept"):
+        without = [header.file.name for header in headers if header.value(tag) in (None, "")]
+        if 0 < len(without) < len(headers):
+            raise InputError(f"{without[0]}: no {tag}, which {len(headers) - len(without)} other slices have; it "
+                             "belongs to another scan, or is damaged")
     maps = [LinearMap(_number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", 0.0))
             for header in headers]
     shared = len(set(maps)) == 1
@@ -259,7 +275,7 @@ def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[N
 
 def _number(header: _Header, tag: str, default: float) -> float:
     value = header.value(tag)
-    if value is None:
+    if value in (None, ""):
         return default
     try:
         number = float(value)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from ..errors import DcformerWarning
 
 _ZIP = ".zip"
 _SUFFIXES = (_ZIP, ".dcm")
@@ -16,19 +19,23 @@ _OTHERS = (".nii", ".gz", ".csv", ".json", ".txt", ".png", ".jpg", ".pdf", ".xml
 
 def is_dicom_source(path: str | Path) -> bool:
     """Whether a path would be read as DICOM: a folder, a zip, or a file that ends so."""
-    path = Path(path)
-    return path.suffix.lower() in _SUFFIXES or path.is_dir()
+    # Not Path.is_dir, which raises where a name is too long.
+    return Path(path).suffix.lower() in _SUFFIXES or os.path.isdir(path)  # noqa: PTH112
 
 
 def find_dicom(folder: Path) -> Iterator[Path]:
     """Below a folder, itself included: folders that hold DICOM files, and zip files."""
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_told):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = sorted(name for name in files if not name.startswith("."))
         if any(_is_dicom(Path(place, name)) for name in visible):
             yield Path(place)
         yield from (Path(place, name) for name in visible
                     if name.lower().endswith(_ZIP) and not name.endswith(".prepared.zip"))
+
+
+def _told(error: OSError) -> None:
+    warnings.warn(f"{error.filename}: cannot be searched for scans ({error.strerror})", DcformerWarning, stacklevel=4)
 
 
 def _is_dicom(path: Path) -> bool:

@@ -191,7 +191,7 @@ def _edit(path: Path, old: str, new: str) -> None:
     (lambda d: shutil.copy(_volume(d, 1), d / "valid_1_a_1.nii.gz"), "is there twice"),
     (lambda d: shutil.copy(_volume(d, 1), d / "train_1_a_1.nii.gz"), "choose with --split"),
     (lambda d: (d / "notes.csv").write_bytes(b"\xff\xfe\x00"), "not a CSV text file"),
-    (lambda d: shutil.rmtree(d / "data_volumes"), "no .nii or .nii.gz volume"),
+    (lambda d: shutil.rmtree(d / "data_volumes"), "no .nii, .nii.gz or DICOM volume"),
 ])
 def test_unusable_data_set(damage, message: str, phantoms_copy: Path, pristine_bundle: Path,
                            capsys: pytest.CaptureFixture[str]):

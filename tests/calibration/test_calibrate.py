@@ -159,8 +159,8 @@ def test_observations_outlive_a_failure_to_write(copy: Path, scans: Path, monkey
 
 def test_every_scan_is_hashed_once(copy: Path, scans: Path, monkeypatch: pytest.MonkeyPatch):
     hashed = []
-    digest = module.sha256_file
-    monkeypatch.setattr(module, "sha256_file", lambda path: (hashed.append(path), digest(path))[1])
+    digest = module.sha256_scan
+    monkeypatch.setattr(module, "sha256_scan", lambda path: (hashed.append(path), digest(path))[1])
     assert main([*CALIBRATE, str(copy), "--data", str(scans), "--samples", "3", "--precision", "int8"]) == 0
     assert len(hashed) == 3
 
@@ -178,7 +178,7 @@ def test_unreadable_scans_are_replaced(copy: Path, scans: Path, tmp_path: Path, 
 def test_refusals(copy: Path, scans: Path, tmp_path: Path, capsys, calibrated: Path):
     refuse(capsys, "nothing was observed of it yet; `dcformer calibrate", "calibrate", copy)
     refuse(capsys, "4 scans, but 64 were asked for; pass --samples 4", "calibrate", copy, "--data", scans)
-    refuse(capsys, "no .nii or .nii.gz volume below it", "calibrate", copy, "--data", copy)
+    refuse(capsys, "no .nii, .nii.gz or DICOM volume below it", "calibrate", copy, "--data", copy)
     refuse(capsys, "no such folder", "calibrate", copy, "--data", tmp_path / "none")
     refuse(capsys, "method 'entrop': unknown; did you mean 'entropy'", "calibrate", copy, "--data", scans, "--method",
            "entrop")

@@ -79,7 +79,7 @@ def test_refusals(capsys, pristine_bundle: Path, calibrated: Path, scans: Path):
         ([calibrated, "--data", scans, "--precision", "bf16"], "--precision 'bf16': expected some of fp16, int8, each "
          f"once; `dcformer calibrate {calibrated} --data DIR --precision NAME` adds one; the bundle's bf16 is for GPU"),
         ([calibrated, "--data", scans, "--out", scans / "a.nii.gz"], "expected a folder name, found a file"),
-        ([calibrated, "--data", pristine_bundle], "no .nii or .nii.gz volume below it"),
+        ([calibrated, "--data", pristine_bundle], "no .nii, .nii.gz or DICOM volume below it"),
     ):
         assert main(["retention", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err

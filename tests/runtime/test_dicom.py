@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from dicoms import transcode, write_series, zip_folder
 
@@ -138,6 +139,20 @@ def _modality(k: int, dataset: Any) -> None:
     dataset.Modality = "MR"
 
 
+def _one_mr(k: int, dataset: Any) -> None:
+    if k == 7:
+        dataset.Modality = "MR"
+
+
+def _patients(k: int, dataset: Any) -> None:
+    dataset.PatientID = str(k // 15)
+
+
+def _one_without(k: int, dataset: Any) -> None:
+    if k == 7:
+        del dataset.RescaleIntercept
+
+
 def _coronal(k: int, dataset: Any) -> None:
     dataset.ImageOrientationPatient = ["1", "0", "0", "0", "0", "-1"]
     dataset.ImagePositionPatient = ["-30", f"{1.7 * k:g}", "0"]
@@ -157,7 +172,10 @@ def _no_slope(k: int, dataset: Any) -> None:
     ({"change": _larger}, r"a slice of 40 x 36 pixels of \(0.5, 0.5\) mm, the others are 40 x 36 of \(0.8, 0.9\)"),
     ({"change": _no_place}, "ImagePositionPatient has 0 values; expected 3 numbers"),
     ({"change": _few_bytes}, "its pixels cannot be read"), ({"change": _colour}, "RGB pixels; expected grey"),
-    ({"change": _modality}, "no CT scan in it: .*30 images of modality MR, not CT"),
+    ({"change": _modality}, "no CT scan in it: .*images of modality MR among 30, not CT"),
+    ({"change": _one_mr}, "images of modality MR among 30"),
+    ({"change": _patients}, "images of several patients under one UID"),
+    ({"change": _one_without}, "no RescaleIntercept, which 29 other slices have"),
     ({"change": _coronal}, "the slices are not axial"), ({"change": _no_slope}, "RescaleSlope is 0; expected a usable"),
 ])
 def test_refused(hounsfield: np.ndarray, tmp_path: Path, settings: dict, message: str):
@@ -216,8 +234,18 @@ def test_notes_reach_the_user_and_the_store(pristine_bundle: Path, hounsfield: n
     rows = {Path(row["path"]).name: row for row in read_store(tmp_path / "t").to_pylist()}
     assert "interpolated along the slices" in rows["gap"]["notes"]
     assert rows["good"]["notes"] is None
-    assert main(arguments) == 0  # again: nothing has changed
-    assert "3 there already" in capsys.readouterr().out
+    assert main(arguments) == 2  # again: nothing has changed
+    assert "2 there already, 0 failed, 1 failed before (--retry tries them again)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "message"), [(0, "no DICOM file, though"), (200, "its header is cut off")])
+def test_the_last_slices_are_damaged(series: Path, tmp_path: Path, size: int, message: str):
+    """They would be missing at the end, where no gap tells."""
+    folder = Path(shutil.copytree(series, tmp_path / "s"))
+    last = max(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
+    last.write_bytes(last.read_bytes()[:size])
+    with pytest.raises(InputError, match=f"{last.name}: {message}"):
+        _read(folder)
 
 
 def test_zips_that_are_none(tmp_path: Path, hounsfield: np.ndarray):

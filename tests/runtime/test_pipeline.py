@@ -68,7 +68,8 @@ def test_rows_are_the_answers_of_one_scan_at_a_time(pristine_bundle: Path, folde
 def test_again_only_what_is_new_or_changed(pristine_bundle: Path, folder: Path, tmp_path: Path, capsys):
     arguments = (pristine_bundle, folder, "--out", tmp_path / "s", "--readers", 1)
     assert _counts(_run(capsys, 2, *arguments))[2:] == (1, 0)
-    assert _counts(_run(capsys, 0, *arguments)) == (0, 0, 0, 6)
+    again = _run(capsys, 2, *arguments)  # a failure stays one until its file is mended
+    assert (_counts(again), again["failed_before"]) == ((0, 0, 0, 5), 1)
     assert _counts(_run(capsys, 2, *arguments, "--retry")) == (0, 0, 1, 5)
     shutil.copy(folder / "b.nii.gz", folder / "f.nii.gz")  # mended: the content of another, which is not computed again
     assert _counts(_run(capsys, 0, *arguments)) == (0, 1, 0, 5)

@@ -122,6 +122,23 @@ def test_leftovers_go_and_damaged_parts_are_set_aside(tmp_path: Path):
     assert {row["path"] for row in read_store(tmp_path / "s").to_pylist()} == {f"/scans/{i}.nii.gz" for i in range(3)}
 
 
+def test_one_damaged_byte_is_noticed(tmp_path: Path):
+    """In the values, where the file's structure stays whole; never is another value read in silence."""
+    with Store(tmp_path / "s", IDENTITY) as store:
+        for index in range(50):
+            store.append(_entry(index))
+    (part,) = module.parts(tmp_path / "s")
+    whole, rows, noticed = part.read_bytes(), read_store(tmp_path / "s").to_pylist(), 0
+    for at in range(100, len(whole) - 3000, 61):
+        part.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1:])
+        try:
+            assert read_store(str(tmp_path / "s")).to_pylist() == rows  # what a page says of itself beside its values
+        except InputError as error:
+            assert "part-000000.parquet: damaged" in str(error)
+            noticed += 1
+    assert noticed > 10
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(table: object, path: Path, **_: object) -> None:
         path.write_bytes(b"half")
