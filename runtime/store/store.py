@@ -195,10 +195,19 @@ def read_store(folder: str | Path) -> pa.Table:
     """
     folder = Path(folder)
     identity = read_info(folder)[0]
-    whole = pa.concat_tables([schema(identity).empty_table(), *map(read_part, parts(folder))])
+    whole = pa.concat_tables([schema(identity).empty_table(), *(_whole_part(part, identity) for part in parts(folder))])
     last = {path: index for index, path in enumerate(whole.column("path").to_pylist())}
     found = whole.take(pa.array(sorted(last.values()), pa.int64()))
     return found.replace_schema_metadata({"dcformer": json.dumps(dataclasses.asdict(identity))})
+
+
+def _whole_part(path: Path, identity: Identity) -> pa.Table:
+    table, columns = read_part(path), schema(identity)
+    try:
+        return table.select(columns.names).cast(columns)
+    except (pa.ArrowException, KeyError) as error:
+        raise InputError(f"{path}: damaged ({error}); move it away, and `dcformer embed` makes its rows again"
+                         ) from error
 
 
 def _require_same(folder: Path, identity: Identity) -> None:
