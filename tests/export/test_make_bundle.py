@@ -95,10 +95,12 @@ def test_agreement_is_recorded_for_real_and_random_input(pristine_bundle: Path):
     assert all(0 < a.max_relative_error < 1e-5 and a.cosine > 0.999999 for a in manifest.agreement)
 
 
-def test_same_checkpoint_gives_the_same_files(checkpoint: Path, pristine_bundle: Path, tokenizer_folder: Path,
-                                              tmp_path: Path):
-    again = export_checkpoint(checkpoint, tmp_path / "again", ExportOptions(tokenizer=tokenizer_folder))
-    assert again.files == load(pristine_bundle).manifest.files
+def test_same_checkpoint_gives_the_same_files(checkpoint: Path, tokenizer_folder: Path, tmp_path: Path):
+    """But for graphs of single targets, which depend on what was measured while others used the machine."""
+    files = [export_checkpoint(checkpoint, tmp_path / name, ExportOptions(tokenizer=tokenizer_folder, targets=())).files
+             for name in ("first", "again")]
+    assert files[0] == files[1]
+    assert {file.path for file in files[0]} >= {"image.fp32.onnx", "text.fp32.onnx", "tokenizer.json"}
 
 
 def test_nothing_is_written_when_the_graph_differs(checkpoint: Path, tokenizer_folder: Path, tmp_path: Path,
