@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..search.gallery import Gallery
     from ..search.recall import Measured
 
-#: From so many rows on an index is used if there is one: below, one matrix product answers in a fifth of a second.
+#: From so many rows on an index is used if there is one: below, one matrix product is fast enough (`make indexes`).
 _INDEX_FROM = 1_000_000
 _SHOWN_FINDINGS = 3
 
@@ -103,7 +103,7 @@ def _embed(gallery: Gallery, queries: tuple[str, ...], bundle: Path | None, thre
             rows.append(np.asarray(gallery.matrix[row]))
             continue
         model = model or open_model(gallery, bundle, threads)
-        rows.append(model.embed_image(query, **_options(gallery)) if is_scan else model.embed_text(query)[0])
+        rows.append(model.embed_image(query, **gallery.identity.options) if is_scan else model.embed_text(query)[0])
     return np.stack(rows), own
 
 
@@ -131,10 +131,6 @@ def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Mo
     model = load(folder, threads=threads, precision=precision)
     announce(model)
     return model
-
-
-def _options(gallery: Gallery) -> dict[str, Any]:
-    return dict(gallery.identity.options)
 
 
 def _hits(gallery: Gallery, found: Found, query: int, own: int | None, count: int) -> list[dict[str, Any]]:

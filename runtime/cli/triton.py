@@ -15,7 +15,7 @@ from ..manifest import PRECISIONS
 from .options import bundle_argument
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-#: As `dcformer_deploy.runtime.triton.config.TOWERS`, which needs the extra.
+#: Triton's names of its back ends.
 _TOWERS = ("onnxruntime", "tensorrt", "python")
 
 

@@ -150,8 +150,11 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: damaged ({error}); move it away, and `dcformer embed` makes its rows again"
-                         ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: damaged ({error}); move it away, and `dcformer embed` makes its rows again")
 
 
 def part_name(number: int) -> str:
@@ -165,8 +168,7 @@ def _number(part: Path) -> int:
 
 def parts(folder: Path) -> list[Path]:
     """Parts in the order in which they were written."""
-    return sorted((path for path in folder.iterdir() if _PART.fullmatch(path.name)),
-                  key=_number)
+    return sorted((path for path in folder.iterdir() if _PART.fullmatch(path.name)), key=_number)
 
 
 def read_info(folder: Path) -> tuple[Identity, Path | None]:
@@ -206,8 +208,7 @@ def _whole_part(path: Path, identity: Identity) -> pa.Table:
     try:
         return table.select(columns.names).cast(columns)
     except (pa.ArrowException, KeyError) as error:
-        raise InputError(f"{path}: damaged ({error}); move it away, and `dcformer embed` makes its rows again"
-                         ) from error
+        raise _damaged(path, error) from error
 
 
 def _require_same(folder: Path, identity: Identity) -> None:

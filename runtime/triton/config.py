@@ -20,9 +20,6 @@ from tritonclient.utils import np_to_triton_dtype
 from ..manifest import Graph, Manifest, TensorInfo
 
 _pb: Any = model_config_pb2  # its messages are made at run time; a type checker knows none of them
-TOWERS = ("onnxruntime", "tensorrt", "python")
-_BACKENDS = {"onnxruntime": {"backend": "onnxruntime"}, "tensorrt": {"backend": "tensorrt"},
-             "python": {"backend": "python"}}
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 _LABELS = "labels.txt"
 #: Outputs of towers that clients of the ensembles do not get; they can ask the tower itself.
@@ -113,7 +110,7 @@ def _tower(name: str, manifest: Manifest, serving: Serving, graph: Graph) -> Mod
         outputs = [info for info in outputs if info.name.endswith("_embedding")]
         config = _python(name, manifest, serving, inputs, outputs, serving.instances)
     else:
-        config = _config(name, manifest, serving, inputs, outputs, **_BACKENDS[serving.tower])
+        config = _config(name, manifest, serving, inputs, outputs, backend=serving.tower)
         config.default_model_filename = FILES[serving.tower]
         kind = "KIND_GPU" if serving.device == "cuda" else "KIND_CPU"
         config.instance_group.add(count=serving.instances, kind=kind)
@@ -133,7 +130,7 @@ def _tower(name: str, manifest: Manifest, serving: Serving, graph: Graph) -> Mod
 def _python(name: str, manifest: Manifest, serving: Serving, inputs: Iterable[TensorInfo],
             outputs: Iterable[TensorInfo], count: int) -> Any:
     """A model in Python is told by parameters which bundle to load, and how."""
-    config = _config(name, manifest, serving, inputs, outputs, **_BACKENDS["python"])
+    config = _config(name, manifest, serving, inputs, outputs, backend="python")
     config.instance_group.add(count=count, kind="KIND_CPU")
     for key in ("device", "backend", "precision", "scans"):
         config.parameters[key].string_value = str(getattr(serving, key))
@@ -141,8 +138,7 @@ def _python(name: str, manifest: Manifest, serving: Serving, inputs: Iterable[Te
 
 
 def _ensemble(name: str, manifest: Manifest, serving: Serving, inputs: Iterable[TensorInfo],
-              outputs: Iterable[TensorInfo], steps: Sequence[Any]
-              ) -> Any:
+              outputs: Iterable[TensorInfo], steps: Sequence[Any]) -> Any:
     config = _config(name, manifest, serving, inputs, outputs, platform="ensemble")
     config.ensemble_scheduling.step.extend(steps)
     return config

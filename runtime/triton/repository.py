@@ -14,10 +14,11 @@ from ..errors import BundleError, InputError
 from ..files import atomic_folder
 from ..manifest import Graph
 from .config import FILES, Serving, models
+from .serving import BUNDLE
 
 #: Of a folder that ``write_repository`` made.
 INFO_NAME = "triton.json"
-MODELS, BUNDLE = "models", "bundle"
+MODELS = "models"
 
 
 def write_repository(bundle: Bundle, serving: Serving, out: Path, force: bool) -> tuple[list[str], EngineRecord | None]:

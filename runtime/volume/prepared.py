@@ -1,4 +1,4 @@
-"""Scans whose preprocessing is done: what an image tower reads, in one compressed file, read 20 times faster.
+"""Scans whose preprocessing is done: what an image tower reads, in one compressed file.
 
 A file is a zipped Zarr group (``zarr`` opens it, too) with one array for each input of the image tower, in 16 bits, and
 attributes that say where it comes from and what it was prepared for; for another preprocessing it is refused.
