@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ahead import ahead
+from .arguments import class_names, require_finite, require_preprocessed, require_tokens
 from .backends import Backend, Options, open_graph
 from .backends.base import AUTO, EngineBackend
 from .backends.choose import choose_backend
@@ -26,6 +27,8 @@ from .scoring import probabilities
 from .text import Tokenizer
 from .volume import ReadOptions, image_feeds, is_prepared, open_prepared, prepare_scan, read_scan, scan_feeds
 
+#: Of an inference of the text tower, whose memory grows with them.
+_TOKENS_AT_ONCE = 8192
 #: A file to read, a preprocessed volume ``[D, H, W]`` float32, or what ``Model.prepare`` made.
 Scan = str | Path | NDArray[np.float32] | Prepared
 
@@ -128,7 +131,7 @@ class Model:
         if len(scans) == 1 or not all(isinstance(array, np.ndarray) for scan in scans for array in scan.feeds.values()):
             return np.stack([self._embed(scan.feeds) for scan in scans])
         feeds = {name: np.concatenate([scan.feeds[name] for scan in scans]) for name in scans[0].feeds}
-        return self._graph("image").run(feeds, ["image_embedding"])[0]
+        return self._run("image", feeds, ["image_embedding"])[0]
 
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
         """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array.
@@ -161,28 +164,13 @@ class Model:
             InputError: another shape, values outside the window, NaN.
         """
         volumes = np.asarray(volumes)
-        self._require_preprocessed(volumes)
+        require_preprocessed(volumes, self.manifest.preprocessing)
         known = [info.name for info in self._info("image").outputs]
         names = list(outputs) if outputs is not None else known
         if isinstance(outputs, str) or not names or not set(names) <= set(known):
             raise InputError(f"outputs: {outputs!r}; expected a list of some of {', '.join(known)}")
         feeds = image_feeds(self._info("image").inputs, volumes)
-        return dict(zip(names, self._graph("image").run(feeds, names), strict=True))
-
-    def _require_preprocessed(self, volumes: NDArray[Any]) -> None:
-        shape = self.manifest.preprocessing.shape_dhw
-        if volumes.ndim != 4 or volumes.shape[1:] != shape:
-            raise InputError(f"volumes: shape {list(volumes.shape)}; expected [batch, {', '.join(map(str, shape))}] "
-                             "(D, H, W), preprocessed")
-        if volumes.dtype.kind not in "fiu" or not volumes.size:
-            raise InputError(f"volumes: {volumes.size} values of {volumes.dtype}; expected float32")
-        low, high = float(volumes.min()), float(volumes.max())  # NaN anywhere makes both NaN
-        if not np.isfinite([low, high]).all():
-            raise InputError("volumes: NaN or infinite values; expected a finite preprocessed volume")
-        lowest, highest = self.manifest.preprocessing.value_range
-        if low < lowest - 1e-4 or high > highest + 1e-4:
-            raise InputError(f"volumes: values from {low:g} to {high:g}; expected a preprocessed volume in "
-                             f"[{lowest:g}, {highest:g}]. Pass a file, or use preprocess()")
+        return dict(zip(names, self._run("image", feeds, names), strict=True))
 
     # ------------------------------------------------------------------ texts
 
@@ -206,15 +194,12 @@ class Model:
             InputError: shapes that differ, no integers, negative ids.
             InferenceError: ids or lengths that the text tower does not have.
         """
-        ids, mask = np.asarray(ids), np.asarray(mask)
-        if ids.ndim != 2 or ids.shape != mask.shape or not ids.size:
-            raise InputError(f"token ids {list(ids.shape)} and mask {list(mask.shape)}: expected two equal [n, length]")
-        if ids.dtype.kind not in "iu" or mask.dtype.kind not in "iub" or ids.min() < 0:
-            raise InputError(f"token ids are {ids.dtype} from {ids.min()}, mask {mask.dtype}; expected integers from 0")
-        if mask.min() < 0 or mask.max() > 1:
-            raise InputError(f"attention mask holds {mask.min()} to {mask.max()}; expected 1 for tokens, 0 for padding")
+        ids, mask = require_tokens(ids, mask)
         feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
-        return self._graph("text").run(feeds, ["text_embedding"])[0]
+        at_once = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+        parts = ({name: rows[start : start + at_once] for name, rows in feeds.items()}
+                 for start in range(0, len(ids), at_once))
+        return np.concatenate([self._run("text", part, ["text_embedding"])[0] for part in parts])
 
     # ------------------------------------------------------------------ scores
 
@@ -227,7 +212,7 @@ class Model:
             read_options: as in ``preprocess``.
         """
         task = self._zero_shot_task()
-        names = _class_names(classes) if classes is not None else task.classes
+        names = class_names(classes) if classes is not None else task.classes
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
             feeds = self._prepare(scan, read_options, timings).feeds
@@ -250,7 +235,7 @@ class Model:
             classes: as in ``zero_shot``.
         """
         task = self._zero_shot_task()
-        names = _class_names(classes) if classes is not None else task.classes
+        names = class_names(classes) if classes is not None else task.classes
         embeddings = np.asarray(embeddings, np.float32)
         width = self.manifest.embedding_dim
         if embeddings.ndim != 2 or embeddings.shape[1] != width or not np.isfinite(embeddings).all():
@@ -274,24 +259,23 @@ class Model:
             with _timed(timings, "load"):
                 self._graph("image")
             with _timed(timings, "image"):
-                scores = self._graph("image").run(feeds, ["class_scores"])[0][0]
+                scores = self._run("image", feeds, ["class_scores"])[0][0]
         return Classification(_name(scan), dict(zip(detector.classes, scores.tolist(), strict=True)), timings)
 
     # ------------------------------------------------------------------ inside
 
     def _prepare(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float],
                  threads: int | None = None) -> Prepared:
-        inputs = self._info("image").inputs
+        inputs, spec = self._info("image").inputs, self.manifest.preprocessing
         if isinstance(scan, np.ndarray | Prepared) and read_options:
             raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
         if isinstance(scan, Prepared):
             return scan
         if isinstance(scan, np.ndarray):
-            self._require_preprocessed(scan[None])
+            require_preprocessed(scan[None], spec)
             return Prepared("array", image_feeds(inputs, scan[None]))
         if not isinstance(scan, str | Path):
             raise InputError(f"scan: {type(scan).__name__}; expected a path or a preprocessed array")
-        spec = self.manifest.preprocessing
         if is_prepared(scan):
             with _timed(timings, "read"):
                 found = open_prepared(scan, spec, inputs, ReadOptions(**read_options))
@@ -310,7 +294,12 @@ class Model:
                         ", then ".join(map(str, volume.scaling)) or None, "; ".join(volume.notes) or None, timings)
 
     def _embed(self, feeds: dict[str, Any]) -> NDArray[np.float32]:
-        return self._graph("image").run(feeds, ["image_embedding"])[0][0]
+        return self._run("image", feeds, ["image_embedding"])[0][0]
+
+    def _run(self, role: str, feeds: dict[str, Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        arrays = self._graph(role).run(feeds, outputs)
+        require_finite(f"{self._bundle.folder}: {role} tower in {self._options.precision}", outputs, arrays)
+        return arrays
 
     def _info(self, role: str) -> Graph:
         precision = self._options.graph_precision
@@ -374,15 +363,6 @@ class Model:
         if stored.shape != expected or stored.dtype != np.float32:
             raise BundleError(f"{path}: {stored.dtype} {list(stored.shape)}; expected float32 {list(expected)}")
         return stored
-
-
-def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(classes) if isinstance(classes, Iterable) else ()
-    if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"classes: {classes!r}; expected a list of names")
-    if not names or len(set(names)) != len(names):
-        raise InputError("classes: expected at least one name, each only once")
-    return tuple(str(name) for name in names)
 
 
 def _name(scan: Scan) -> str:

@@ -55,6 +55,10 @@ _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir
            "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 
+#: Characters of an error's line.
+_LONGEST_MESSAGE = 2000
+
+
 class _LazyCommands(click.Group):
     """Imports a command's module only when that command is used, so that ``--help`` needs no torch."""
 
@@ -167,8 +171,12 @@ def _terminate(_signal: int, _frame: object) -> None:
 
 
 def _fail(message: str, code: int) -> int:
+    message = one_line(message)
+    if len(message) > _LONGEST_MESSAGE:  # a file's own text or name, pages of it
+        half = _LONGEST_MESSAGE // 2
+        message = f"{message[:half]} … {message[-half:]}"
     with contextlib.suppress(OSError):  # nobody can be told where standard error is full or closed
-        click.echo(f"error: {one_line(message)}", err=True)
+        click.echo(f"error: {message}", err=True)
     return code
 
 

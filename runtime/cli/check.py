@@ -71,7 +71,7 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
         raise DeviceUnavailable(f"{len(missed)} engines could not run here, the first: {missed[0].not_run}")
     failed = [row.file for row in rows if row.not_run is None and not row.passed]
     if failed:
-        click.echo(f"check failed: {', '.join(failed)}", err=True)
+        click.echo(f"error: check failed: {', '.join(failed)}", err=True)
     return 1 if failed else 0
 
 

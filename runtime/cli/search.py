@@ -126,7 +126,7 @@ def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Mo
     precision = gallery.identity.precision
     if any(opened.manifest.graph(role, precision, "onnxruntime") is None for role in ("image", "text")
            if opened.manifest.graph(role) is not None):
-        click.echo(f"queries are embedded in fp32: {folder} has no {precision} for onnxruntime", err=True)
+        click.echo(f"warning: queries are embedded in fp32: {folder} has no {precision} for onnxruntime", err=True)
         precision = "fp32"
     model = load(folder, threads=threads, precision=precision)
     announce(model)

@@ -91,5 +91,5 @@ def command(bundle: Path, data: Path, split: str | None, samples: int, method: s
         if write and kept:
             click.echo(f"{bundle}: int8 now leaves {len(found.floats)} layers in float")
     if not kept:
-        click.echo(f"check failed: no layer can be in INT8 with a {promise}", err=True)
+        click.echo(f"error: check failed: no layer can be in INT8 with a {promise}", err=True)
     return 0 if kept else 1

@@ -60,7 +60,7 @@ class Gallery:
         """All that the store says of a scan but its embedding."""
         part, number = (self.rows.column(name)[row].as_py() for name in ("part", "row"))
         columns = [name for name in schema(self.identity).names if name != "embedding"]
-        return read_part(self.store / part, columns).slice(number, 1).to_pylist()[0]
+        return read_part(self.store / part, self.identity, columns).slice(number, 1).to_pylist()[0]
 
 
 def open_gallery(store: Path, on_stage: Callable[[str], None] = lambda _: None) -> Gallery:
@@ -118,7 +118,7 @@ def _read_state(folder: Path) -> str | None:
 
 def _write(new: Path, store: Path, identity: Identity) -> None:
     """One part after the other, so that memory does not grow with the store."""
-    chosen = _last_rows(store)
+    chosen = _last_rows(store, identity)
     count = sum(len(rows) for rows in chosen.values())
     if not count:
         raise InputError(f"{store}: nothing has been embedded in it; nothing to search")
@@ -129,7 +129,7 @@ def _write(new: Path, store: Path, identity: Identity) -> None:
                 pa.ipc.new_file(file, _SCHEMA) as writer:
             np.lib.format.write_array_header_1_0(matrix, header)
             for part, rows in chosen.items():
-                table = read_part(part, ["path", "embedding"]).take(pa.array(rows))
+                table = read_part(part, identity, ["path", "embedding"]).take(pa.array(rows))
                 matrix.write(table.column("embedding").combine_chunks().flatten().to_numpy().astype("<f4").tobytes())
                 writer.write_table(pa.table([table.column("path").cast(pa.large_string()),
                                              pa.array([part.name] * len(rows), pa.large_string()), pa.array(rows)],
@@ -138,12 +138,12 @@ def _write(new: Path, store: Path, identity: Identity) -> None:
         raise InputError(f"{store / FOLDER}: cannot be written ({error.strerror or error}); free some space") from error
 
 
-def _last_rows(store: Path) -> dict[Path, NDArray[np.int64]]:
+def _last_rows(store: Path, identity: Identity) -> dict[Path, NDArray[np.int64]]:
     """By part, the rows that are the last of their path and have an embedding."""
     there = parts(store)
     keys, good = [np.empty(0, np.uint64)], [np.empty(0, bool)]
     for part in there:
-        table = read_part(part, ["path", "error"])
+        table = read_part(part, identity, ["path", "error"])
         keys.append(np.fromiter(map(path_key, table.column("path").to_pylist()), np.uint64, len(table)))
         good.append(table.column("error").combine_chunks().is_null().to_numpy(zero_copy_only=False))
     every = np.concatenate(keys)

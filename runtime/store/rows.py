@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..manifest import PRECISIONS
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -24,6 +26,10 @@ class Identity:
     embedding_dim: int
     classes: tuple[str, ...]
     options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS or self.embedding_dim < 1:
+            raise ValueError(f"precision {self.precision!r}, embedding_dim {self.embedding_dim}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import dacite
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -72,6 +73,7 @@ class Store:
     def _take(self, part: Path) -> None:
         """Learn what a part holds; one that cannot be read is set aside."""
         try:
+            _require_columns(part, self._identity)
             rows = pq.read_table(part, columns=["path", "bytes", "changed_ns", "sha256", "error", "table"],
                                  page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
@@ -97,7 +99,7 @@ class Store:
         if (place := self.index.content(sha256)) is None:
             return None
         part, index = place
-        row = read_part(self.folder / part_name(part)).slice(index, 1)
+        row = read_part(self.folder / part_name(part), self._identity).slice(index, 1)
         values = row.to_pylist()[0]
         vectors = {name: row.column(name).combine_chunks().flatten().to_numpy() if values[name] is not None else None
                    for name in ("embedding", "scores")}
@@ -141,16 +143,25 @@ class Store:
             os.close(self._lock)
 
 
-def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_part(path: Path, identity: Identity, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of a part; None = all columns.
 
     Raises:
-        InputError: damaged.
+        InputError: damaged, or with other columns than a store of this identity has.
     """
     try:
+        _require_columns(path, identity)
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def _require_columns(path: Path, identity: Identity) -> None:
+    found, expected = pq.read_schema(path), schema(identity)
+    if not found.equals(expected):
+        wrong = [field.name for field in expected if field.name not in found.names or found.field(field.name) != field]
+        raise InputError(f"{path}: damaged, or {INFO_NAME} is, or it is of another store (column "
+                         f"{', '.join(wrong) or 'order'}); move it away, and `dcformer embed` makes its rows again")
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
@@ -182,9 +193,9 @@ def read_info(folder: Path) -> tuple[Identity, Path | None]:
         if content.pop("format") != FORMAT:
             raise ValueError
         bundle = content.pop("bundle")
-        return (Identity(**{**content, "classes": tuple(content["classes"])}),
-                Path(bundle) if bundle is not None else None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        identity = dacite.from_dict(Identity, content, dacite.Config(strict=True, cast=[tuple]))
+        return identity, Path(bundle) if bundle is not None else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, dacite.DaciteError) as error:
         raise InputError(f"{folder}: not a store of this version (no usable {INFO_NAME}); `dcformer embed --out` makes "
                          "one") from error
 
@@ -197,18 +208,10 @@ def read_store(folder: str | Path) -> pa.Table:
     """
     folder = Path(folder)
     identity = read_info(folder)[0]
-    whole = pa.concat_tables([schema(identity).empty_table(), *(_whole_part(part, identity) for part in parts(folder))])
+    whole = pa.concat_tables([schema(identity).empty_table(), *(read_part(part, identity) for part in parts(folder))])
     last = {path: index for index, path in enumerate(whole.column("path").to_pylist())}
     found = whole.take(pa.array(sorted(last.values()), pa.int64()))
     return found.replace_schema_metadata({"dcformer": json.dumps(dataclasses.asdict(identity))})
-
-
-def _whole_part(path: Path, identity: Identity) -> pa.Table:
-    table, columns = read_part(path), schema(identity)
-    try:
-        return table.select(columns.names).cast(columns)
-    except (pa.ArrowException, KeyError) as error:
-        raise _damaged(path, error) from error
 
 
 def _require_same(folder: Path, identity: Identity) -> None:

@@ -9,8 +9,10 @@ Source: DICOM PS3.3, C.7.6.2 (image plane), C.7.6.3 (pixels), C.8.2.1 (CT image)
 from __future__ import annotations
 
 import io
+import lzma
 import struct
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ _LARGEST_ZIP_BYTES, _LARGEST_RATIO = 8 << 30, 200
 _FEWEST_SLICES = 8
 #: What damaged files make pydicom raise.
 _DAMAGE = (InvalidDicomError, AttributeError, KeyError, ValueError, TypeError, IndexError, NotImplementedError,
-           RuntimeError, OSError, EOFError, struct.error, zipfile.BadZipFile)
+           RuntimeError, OSError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -130,12 +132,19 @@ def _files(path: Path) -> Iterator[_File]:
             members = [info for info in archive.infolist() if not info.is_dir()]
     except (OSError, zipfile.BadZipFile, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: not a zip file, or damaged ({one_line(str(error))})") from error
+    if astray := next((info.filename for info in members if _leads_out(info.filename)), None):
+        raise InputError(f"{path}: refused: its file {astray!r} would lie outside of the folder that it is unpacked to")
     size = sum(info.file_size for info in members)
     if size > _LARGEST_ZIP_BYTES or size > max(1, path.stat().st_size) * _LARGEST_RATIO:
         raise InputError(f"{path}: unpacks to {size:,} bytes; refused")
     for info in sorted(members, key=lambda info: info.filename):
-        if not any(part.startswith((".", "__MACOSX")) and part != ".." for part in Path(info.filename).parts):
+        if not any(part.startswith((".", "__MACOSX")) for part in Path(info.filename).parts):
             yield _File(f"{path}/{info.filename}", lambda info=info: io.BytesIO(_member(path, info)))
+
+
+def _leads_out(name: str) -> bool:
+    """Absolute, with a drive, or upwards; by the rules of any system."""
+    return name.startswith(("/", "\\")) or ":" in name.split("/")[0] or ".." in name.replace("\\", "/").split("/")
 
 
 def _member(path: Path, info: zipfile.ZipInfo) -> bytes:
@@ -198,7 +207,7 @@ def _choose_series(path: Path, headers: Sequence[_Header], wanted: str | None) -
 def _problem(group: Sequence[_Header]) -> str | None:
     """Why a series is no axial CT; None if it is one."""
     first = group[0]
-    if first.text("SOPClassUID") == _ENHANCED_CT_STORAGE or int(first.value("NumberOfFrames") or 1) > 1:
+    if first.text("SOPClassUID") == _ENHANCED_CT_STORAGE or str(first.value("NumberOfFrames") or 1) != "1":
         return "a multi-frame image; convert it to one file per slice"
     for header in group:
         if header.text("Modality") != "CT" or header.text("SOPClassUID") not in ("", _CT_STORAGE):
@@ -224,15 +233,14 @@ def _listed(series: dict[str, list[_Header]]) -> str:
 
 def _common_plane(path: Path, headers: Sequence[_Header]) -> tuple[int, int, tuple[float, float]]:
     """Rows, columns and their distances in mm, which all slices must share."""
-    shapes = Counter((int(header.value("Rows")), int(header.value("Columns")),
-                      tuple(_numbers(header, "PixelSpacing", 2))) for header in headers)
-    usual, _ = shapes.most_common(1)[0]
-    for header in headers:
-        own = (int(header.value("Rows")), int(header.value("Columns")), tuple(_numbers(header, "PixelSpacing", 2)))
+    shapes = [(_count(header, "Rows"), _count(header, "Columns"), _numbers(header, "PixelSpacing", 2))
+              for header in headers]
+    usual, _ = Counter(shapes).most_common(1)[0]
+    for header, own in zip(headers, shapes, strict=True):
         if own != usual:
             raise InputError(f"{header.file.name}: a slice of {own[1]} x {own[0]} pixels of {own[2]} mm, the others "
                              f"are {usual[1]} x {usual[0]} of {usual[2]}; it belongs to another scan")
-        if int(header.value("SamplesPerPixel") or 1) != 1 or \
+        if header.value("SamplesPerPixel") not in (None, 1) or \
                 not header.text("PhotometricInterpretation").startswith("MONOCHROME"):
             raise InputError(f"{header.file.name}: {header.text('PhotometricInterpretation')} pixels; expected grey")
     if min(usual[2]) <= 0:
@@ -271,6 +279,13 @@ def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[N
         found[index] = plane
     assert found is not None
     return found, maps[0] if shared else LinearMap()
+
+
+def _count(header: _Header, tag: str) -> int:
+    value = header.value(tag)
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{header.file.name}: {tag} is {value!r}; expected a number from 1")
+    return value
 
 
 def _number(header: _Header, tag: str, default: float) -> float:

@@ -17,6 +17,8 @@ _SAME_DIRECTION = 1e-3
 _SAME_DISTANCE, _SAME_POSITION_MM = 0.02, 0.01
 #: Sideways drift of the whole stack that is a tilted gantry, in pixels.
 _LARGEST_DRIFT = 0.5
+#: Of the regular grid's slices over those that there are: where more than half would be made up, there is no scan.
+_MOST_INTERPOLATED = 2
 #: What lies outside a slice that was moved sideways.
 _OUTSIDE_HU = -1024.0
 
@@ -74,6 +76,9 @@ def arrange(path: Path, slices: Sequence[Placed], spacing_yx: tuple[float, float
         if not resample_irregular:
             missing = " (slices are missing)" if steps[index] > 1.5 * usual else ""
             raise InputError(f"{path}: {told}{missing}; pass --resample-irregular to interpolate")
+        if (along[-1] - along[0]) / usual + 1 > _MOST_INTERPOLATED * len(along):
+            raise InputError(f"{path}: {told}; more than half of the slices would be interpolated, too many to be a "
+                             "scan. Choose a series with --series, or find the missing slices")
         notes.append(f"interpolated along the slices: {told}")
     spacing = usual if len(uneven) else float(along[-1] - along[0]) / (len(along) - 1)
     drift = positions - positions[0] - (along - along[0])[:, None] * normal

@@ -74,7 +74,7 @@ def test_a_graph_that_computes_something_else(calibrated: Path, tmp_path: Path, 
     write_manifest(bundle, dataclasses.replace(manifest, files=files))
     assert main(["check", str(bundle), "--json"]) == 1
     captured = capsys.readouterr()
-    assert captured.err.strip() == "check failed: image.fp16.onnx"
+    assert captured.err.strip() == "error: check failed: image.fp16.onnx"
     (failed,) = (row for row in json.loads(captured.out) if row["passed"] is False)
     assert failed["file"] == "image.fp16.onnx"
     assert failures <= set(failed["failures"])
@@ -105,7 +105,7 @@ def test_engines(calibrated: Path, tmp_path: Path, capsys, monkeypatch: pytest.M
             fake.engines[data] = (record, onnx.load(path))
     assert main(["check", str(bundle), "--json"]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("check failed: image.fp16.tensorrt")
+    assert captured.err.startswith("error: check failed: image.fp16.tensorrt")
     assert all("image" in row["file"] for row in json.loads(captured.out) if row["passed"] is False)
 
 

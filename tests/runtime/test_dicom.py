@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicoms import transcode, write_series, zip_folder
+from pydicom.dataset import Dataset
 
 from dcformer_deploy.runtime import InputError, Model, load
 from dcformer_deploy.runtime.cli.app import main
@@ -257,9 +258,49 @@ def test_zips_that_are_none(tmp_path: Path, hounsfield: np.ndarray):
     with pytest.raises(InputError, match="b.zip: unpacks to 67,108,864 bytes; refused"):
         _read(tmp_path / "b.zip")
     with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
-        archive.writestr("../../readme.txt", "nothing")
+        archive.writestr("readme.txt", "nothing")
     with pytest.raises(InputError, match="no DICOM image in it .1 other files"):
         _read(tmp_path / "c.zip")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "C:/x", "..\\x", "\\\\host\\x"])
+def test_zips_that_lead_out(tmp_path: Path, name: str):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, "nothing")
+    with pytest.raises(InputError, match="would lie outside"):
+        _read(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_damaged_members_of_a_zip(series: Path, tmp_path: Path, method: int):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in series.iterdir():
+            archive.write(file, file.name)
+    data = bytearray(path.read_bytes())
+    data[100:140] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="damaged"):
+        _read(path)
+
+
+@pytest.mark.parametrize("value", [None, 0, -3])
+def test_slices_without_a_size(hounsfield: np.ndarray, tmp_path: Path, value: int | None):
+    def change(index: int, dataset: Dataset) -> None:
+        if index == 4:
+            dataset.add_new("Columns", "SS" if value else "US", value)
+
+    write_series(tmp_path / "s", hounsfield, change=change)
+    with pytest.raises(InputError, match=r"Columns is .*expected a number from 1"):
+        _read(tmp_path / "s")
+
+
+def test_a_slice_far_away(hounsfield: np.ndarray, tmp_path: Path):
+    positions = [-400 + 1.7 * k for k in range(hounsfield.shape[2])]
+    positions[-1] = 1e8
+    write_series(tmp_path / "s", hounsfield, positions=positions)
+    with pytest.raises(InputError, match="more than half of the slices would be interpolated"):
+        _read(tmp_path / "s", resample_irregular=True)
 
 
 @pytest.mark.parametrize(("form", "message"), [("empty", "no DICOM image in it"), ("missing", "no such")])

@@ -10,6 +10,7 @@ import torch
 
 from conftest import GOLDEN_TOLERANCE
 from dcformer_deploy.runtime import BundleError, DeviceUnavailable, InferenceError, InputError, Model, load
+from dcformer_deploy.runtime import model as model_module
 from dcformer_deploy.runtime.text import TruncationWarning
 from golden import NANO, inputs, relative_error
 from scans import write
@@ -90,6 +91,19 @@ def test_text_embedding_does_not_depend_on_its_neighbours(model: Model):
     for text, row in zip(texts, together, strict=True):
         np.testing.assert_allclose(model.embed_text([text])[0], row, atol=1e-6)
     np.testing.assert_allclose(model.embed_text(texts[0])[0], together[0], atol=1e-6)
+
+
+def test_many_long_texts_take_turns(model: Model, monkeypatch: pytest.MonkeyPatch):
+    texts = [f"Nodule {'effusion ' * (40 * n)}." for n in range(1, 8)]
+    whole = model.embed_text(texts)
+    monkeypatch.setattr(model_module, "_TOKENS_AT_ONCE", 700)
+    sizes = []
+    graph = model._graph("text")
+    run = graph.run
+    monkeypatch.setattr(graph, "run", lambda feeds, names: sizes.append(feeds["input_ids"].shape) or run(feeds, names))
+    np.testing.assert_allclose(model.embed_text(texts), whole, atol=2e-6)
+    assert sum(count for count, _ in sizes) == 7
+    assert max(count * length for count, length in sizes) <= 700
 
 
 def test_tokens(model: Model):
@@ -189,6 +203,24 @@ def test_tokens_that_the_text_tower_does_not_have(model: Model, ids: int, length
     with pytest.raises(InferenceError, match=r"text\.fp32\.(onnxruntime\.)?onnx: inference failed"):
         model.embed_tokens(np.full((1, length), ids), np.ones((1, length), int))
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("call", [
+    lambda model, ct: model.embed_image(ct), lambda model, ct: model.zero_shot(ct),
+    lambda model, ct: model.embed_batch([model.prepare(ct)] * 2),
+    lambda model, ct: model.image_outputs(model.preprocess(ct)[None])])
+def test_outputs_that_are_not_finite(pristine_bundle: Path, ct: Path, monkeypatch: pytest.MonkeyPatch, call):
+    model = load(pristine_bundle)
+    graph = model._graph("image")
+    run = graph.run
+
+    def overflow(feeds, names):
+        arrays = run(feeds, names)
+        return [np.where(array == array.max(), np.nan, array) if array.dtype.kind == "f" else array for array in arrays]
+
+    monkeypatch.setattr(graph, "run", overflow)
+    with pytest.raises(InferenceError, match="image tower in fp32: .* is not finite; in fp16"):
+        call(model, ct)
 
 
 def test_devices_are_not_replaced(pristine_bundle: Path):

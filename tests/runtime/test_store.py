@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,15 @@ def test_an_index_is_a_dictionary_in_less_memory(monkeypatch: pytest.MonkeyPatch
     one = next(iter(contents))
     assert index.content(one[:16] + "0" * 48) is None  # half of the hash is not enough
     assert one[:16] + "0" * 48 not in known
+
+
+def test_an_edited_store_json_is_noticed(tmp_path: Path):
+    with Store(tmp_path / "s", IDENTITY) as store:
+        store.append(_entry(0))
+    path = tmp_path / "s" / module.INFO_NAME
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "classes": content["classes"][:-1]}))
+    with pytest.raises(InputError, match=r"part-000000.parquet: damaged, or store.json is, .*column scores"):
+        read_store(tmp_path / "s")
+    with pytest.raises(InputError, match="column scores"):
+        Store(tmp_path / "s", module.read_info(tmp_path / "s")[0])
