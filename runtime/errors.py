@@ -53,6 +53,12 @@ class DeviceLost(InferenceError):
     """The GPU failed in a way that ends all work on it in this process."""
 
 
+class DiskFull(DcformerError):
+    """What was being written does not fit; nothing of it is left."""
+
+    exit_code = 3
+
+
 class MissingDependency(DcformerError):
     """An optional package is needed and absent; the message holds the command that installs it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -10,9 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import InputError
+from .errors import DiskFull, InputError
 
 _CHUNK_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_folder() -> Path:
@@ -126,6 +128,11 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
                          "writable") from error
     try:
         yield temporary
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFull(f"{path}: cannot be written ({error.strerror}); free some space, or choose another place"
+                           ) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in missing:

@@ -79,6 +79,11 @@ class Model:
         """Where inference runs: "cpu" or "cuda"; with the back end "auto", what it chose."""
         return self._options.device
 
+    @property
+    def precision(self) -> str:
+        """Of the graphs that run."""
+        return self._options.precision
+
     def describe(self) -> str:
         """Inference library, version and device of the image tower; opens it if need be."""
         return self._graph("image").describe()

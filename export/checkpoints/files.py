@@ -106,7 +106,7 @@ def _check_archive(path: Path) -> None:
             compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             # torch itself does not compare the checksums.
             damaged = None if compressed else archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: damaged or truncated checkpoint ({_first_line(error)}); copy it again") from error
     if damaged:
         raise InputError(f"{path}: record {damaged!r} does not match its checksum: damaged; copy the file again")

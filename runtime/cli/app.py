@@ -7,6 +7,7 @@ reader of the output went away, 143 terminated.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import os
@@ -34,6 +35,7 @@ COMMANDS = {
     "triton": ("triton", "Write a model repository for NVIDIA's Triton Inference Server."),
     "embed-text": ("embed_text", "Embed texts."),
     "zeroshot": ("zeroshot", "Score scans for 18 chest pathologies, or classes of your own, by text prompts."),
+    "report": ("report", "Write a page on a scan: slices, scores, where the encoder looked, how it was read."),
     "classify": ("classify", "Score scans with a fine-tuned detector."),
     "evaluate": ("evaluate", "Judge a bundle on a data set in CT-RATE's layout: AUROC, F1, retrieval."),
     "doctor": ("doctor", "Show what is installed, which devices there are, and what would run a bundle, and why."),
@@ -52,9 +54,12 @@ COMMANDS = {
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnx_ir": "export", "transformers": "export",
            "safetensors": "export", "onnxruntime": "cpu", "pyarrow": "store", "zarr": "store", "pydicom": "dicom",
            "ray": "cluster", "usearch": "search", "tritonclient": "triton", "google": "triton", "scipy": "phantom",
-           "PIL": "phantom", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
+           "PIL": "report", "jinja2": "report", "sklearn": "evaluate", "matplotlib": "bench", "adjustText": "bench"}
 
 
+#: About what the user named; others, such as a full disk, are the machine's.
+_USERS_ERRORS = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+                 errno.EEXIST, errno.ELOOP, errno.EINVAL)
 #: Characters of an error's line.
 _LONGEST_MESSAGE = 2000
 
@@ -139,7 +144,7 @@ def _explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller input or a machine with more memory", 3
     if isinstance(error, OSError):
-        return f"{error.filename or 'system'}: {error.strerror or error}", 3
+        return f"{error.filename or 'system'}: {error.strerror or error}", 2 if error.errno in _USERS_ERRORS else 3
     return None
 
 

@@ -48,7 +48,7 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
     Everything else is text, such as a sentence of a report. Nearness is the cosine of embeddings.
     """
     from ..search.exact import nearest
-    from ..search.gallery import open_gallery
+    from ..search.gallery import open_gallery, require_sound
     from ..search.recall import read_measured
 
     with progress() as display:
@@ -69,6 +69,7 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
             from ..search.approximate import nearest_approximately
 
             found = nearest_approximately(embeddings, gallery, measured, count + 1, threads or 0)
+    require_sound(gallery, found.cosines)
     if exact is None and measured is None and len(gallery.matrix) >= _INDEX_FROM:
         click.echo(f"{len(gallery.matrix)} scans: `dcformer index {store}` would answer faster from now on", err=True)
     hits = [_hits(gallery, found, number, row, count) for number, row in enumerate(own)]

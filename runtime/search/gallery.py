@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import DiskFull, InputError
 from ..files import atomic_folder
 from ..scan_files import path_text
 from ..store.index import path_key
@@ -30,6 +31,8 @@ from ..store.store import parts, read_info, read_part
 
 FOLDER = "search"
 _INFO, _MATRIX, _ROWS, _LOCK = "gallery.json", "embeddings.npy", "rows.arrow", "search.lock"
+#: Rounding may go a little beyond 1.
+_LARGEST_COSINE = 1.01
 _SCHEMA = pa.schema([("path", pa.large_string()), ("part", pa.large_string()), ("row", pa.int64())])
 
 
@@ -49,7 +52,7 @@ class Gallery:
 
     def path(self, row: int) -> str:
         """Of the scan."""
-        return self.rows.column("path")[row].as_py()
+        return self._cell("path", row)
 
     def row_of(self, path: Path) -> int | None:
         """Of a scan in the store."""
@@ -58,9 +61,20 @@ class Gallery:
 
     def entry(self, row: int) -> dict[str, Any]:
         """All that the store says of a scan but its embedding."""
-        part, number = (self.rows.column(name)[row].as_py() for name in ("part", "row"))
+        part, number = self._cell("part", row), self._cell("row", row)
         columns = [name for name in schema(self.identity).names if name != "embedding"]
-        return read_part(self.store / part, self.identity, columns).slice(number, 1).to_pylist()[0]
+        if part not in {path.name for path in parts(self.store)}:
+            raise _damaged(self.folder, f"no part {part!r}")
+        found = read_part(self.store / part, self.identity, columns).slice(number, 1).to_pylist()
+        if not found:
+            raise _damaged(self.folder, f"no row {number} in {part}")
+        return found[0]
+
+    def _cell(self, column: str, row: int) -> Any:
+        try:
+            return self.rows.column(column)[row].as_py()
+        except (ValueError, IndexError) as error:
+            raise _damaged(self.folder, str(error)) from error
 
 
 def open_gallery(store: Path, on_stage: Callable[[str], None] = lambda _: None) -> Gallery:
@@ -84,9 +98,21 @@ def open_gallery(store: Path, on_stage: Callable[[str], None] = lambda _: None) 
             matrix = np.load(folder / _MATRIX, mmap_mode="r", allow_pickle=False)
             with pa.memory_map(str(folder / _ROWS)) as file:
                 rows = pa.ipc.open_file(file).read_all()
-        except (OSError, ValueError, EOFError, pa.ArrowException) as error:
-            raise InputError(f"{folder}: damaged ({error}); remove this folder, it will be made anew") from error
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError, pa.ArrowException) as error:
+            raise _damaged(folder, str(error)) from error
+        if (matrix.shape, matrix.dtype) != ((len(rows), identity.embedding_dim), np.float32) or rows.schema != _SCHEMA:
+            raise _damaged(folder, f"{matrix.dtype} {list(matrix.shape)} for {len(rows)} rows")
     return Gallery(store, folder, identity, matrix, rows, hashlib.sha256(state.encode()).hexdigest())
+
+
+def require_sound(gallery: Gallery, cosines: NDArray[np.float32]) -> None:
+    """Raise InputError where what was found shows that the matrix is damaged."""
+    if not np.isfinite(cosines).all() or np.abs(cosines).max(initial=0) > _LARGEST_COSINE:
+        raise _damaged(gallery.folder, "cosines that are none")
+
+
+def _damaged(folder: Path, what: str) -> InputError:
+    return InputError(f"{folder}: damaged ({what}); remove this folder, it will be made anew")
 
 
 @contextmanager
@@ -135,7 +161,7 @@ def _write(new: Path, store: Path, identity: Identity) -> None:
                                              pa.array([part.name] * len(rows), pa.large_string()), pa.array(rows)],
                                             schema=_SCHEMA))
     except OSError as error:
-        raise InputError(f"{store / FOLDER}: cannot be written ({error.strerror or error}); free some space") from error
+        raise DiskFull(f"{store / FOLDER}: cannot be written ({error.strerror or error}); free some space") from error
 
 
 def _last_rows(store: Path, identity: Identity) -> dict[Path, NDArray[np.int64]]:

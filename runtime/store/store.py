@@ -21,7 +21,7 @@ import dacite
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import DcformerWarning, InputError
+from ..errors import DcformerWarning, DiskFull, InputError
 from ..files import atomic_folder
 from .index import Index
 from .rows import Entry, Identity, schema, table
@@ -76,7 +76,7 @@ class Store:
             _require_columns(part, self._identity)
             rows = pq.read_table(part, columns=["path", "bytes", "changed_ns", "sha256", "error", "table"],
                                  page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             aside = part.with_suffix(".damaged")
             part.rename(aside)
             warnings.warn(f"{part}: damaged ({error}); renamed to {aside.name}, its scans are embedded again",
@@ -126,7 +126,7 @@ class Store:
             _sync_folder(self.folder)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some space, then start "
+            raise DiskFull(f"{path}: cannot be written ({error.strerror or error}); free some space, then start "
                              "again: what is finished is kept") from error
         self.index.add(self._next, ((entry.path, entry.bytes, entry.changed_ns, entry.sha256, entry.error is not None,
                                      entry.table) for entry in self._waiting))
@@ -152,7 +152,7 @@ def read_part(path: Path, identity: Identity, columns: Sequence[str] | None = No
     try:
         _require_columns(path, identity)
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
 

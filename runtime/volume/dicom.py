@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels.utils import pixel_array
 
 from ..errors import InputError, one_line
@@ -46,8 +46,9 @@ _LARGEST_ZIP_BYTES, _LARGEST_RATIO = 8 << 30, 200
 #: Fewer slices are a localizer or a fragment, not a scan of a chest.
 _FEWEST_SLICES = 8
 #: What damaged files make pydicom raise.
-_DAMAGE = (InvalidDicomError, AttributeError, KeyError, ValueError, TypeError, IndexError, NotImplementedError,
-           RuntimeError, OSError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+_DAMAGE = (BytesLengthException, InvalidDicomError, AttributeError, KeyError, ValueError, TypeError, IndexError,
+           NotImplementedError, RuntimeError, OSError, EOFError, struct.error, zipfile.BadZipFile, zlib.error,
+           lzma.LZMAError)
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -167,7 +168,7 @@ def _read_headers(path: Path) -> list[_Header]:
                                  "moved away") from error
             others += 1
             continue
-        except _DAMAGE as error:
+        except (*_DAMAGE, MemoryError) as error:  # a length in it that is beyond all memory
             raise InputError(f"{file.name}: damaged DICOM file ({_brief(error)})") from error
         if "SOPClassUID" not in dataset and dataset.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
             raise InputError(f"{file.name}: its header is cut off; copy the file again")

@@ -49,7 +49,6 @@ _VALUES = (
     "/proc/self/mem",
     "scan.nii",
     ".",
-    "/",
     "é",
     "a,b",
     "fp16",
