@@ -6,6 +6,7 @@ Names are loaded when first used, so that ``dcformer --help`` does not wait for 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ __all__ = [
     "ZeroShot",
     "load",
 ]
+# ONNX Runtime's published Linux builds send usage data to Microsoft, and keep an identifier of the machine, unless this
+# is set before its import. A hospital's program must not.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("ORT_TELEMETRY_DISABLED", "1")
 _MODULES = ("errors", "manifest", "results", "model")
 
 

@@ -53,6 +53,8 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # Ctrl-C while its own code started
+            raise KeyboardInterrupt from error
         raise MissingDependency("no inference library: onnxruntime is not installed (or broken: "
                                 f"{error}); {install('cpu')} (or [cuda])") from error
     return onnxruntime

@@ -1,4 +1,4 @@
-"""Entry point of ``dcformer``: finds the command, and turns errors into one line and an exit code.
+"""The program ``dcformer``: finds the command, and turns errors into one line and an exit code.
 
 Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 3 the environment lacks something, 130 interrupted, 141 the
 reader of the output went away, 143 terminated.
@@ -162,17 +162,6 @@ def _reader_went_away() -> int:
     """What a shell reports for SIGPIPE; nothing more is written, also not by Python on its way out."""
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     return 128 + signal.SIGPIPE
-
-
-def run() -> None:
-    """The console script."""
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(main())
-
-
-def _terminate(_signal: int, _frame: object) -> None:
-    """End by an exception, so that temporary files are removed on the way out."""
-    sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import zlib
@@ -16,10 +17,12 @@ import numpy as np
 from isal import igzip, igzip_lib  # two to three times as fast as zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import require_file
+from ..scan_files import file_facts
 from .geometry import LPS_AFFINE, Geometry, choose_spacing, reorient
 from .hounsfield import check_voxels
 from .metadata import VolumeMetadata, read_metadata
@@ -37,6 +40,10 @@ _SUFFIXES = (".nii", ".nii.gz")
 #: What a damaged stream raises; isal's stub declares its exception class as an instance.
 _GZIP_ERRORS: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error,
                                              cast("type[Exception]", igzip_lib.IsalError))
+
+
+#: What nibabel raises of damaged headers.
+_HEADER_ERRORS = (ImageFileError, HeaderDataError, WrapStructError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def _read_header(path: Path) -> _Header:
                 raw = type(image.header).from_fileobj(file, check=False)
         proxy: Any = image.dataobj  # nibabel's annotations do not cover its array proxies
         offset, slope, intercept = int(proxy.offset), float(proxy.slope), float(proxy.inter)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, OverflowError, *_GZIP_ERRORS) as error:
+    except (*_HEADER_ERRORS, *_GZIP_ERRORS) as error:
         raise InputError(f"{path}: not a NIfTI file, or its header is damaged ({_brief(error)})") from error
     if not 0 <= offset <= _LARGEST_OFFSET_BYTES:
         raise InputError(f"{path}: the header puts the voxels at byte {offset:,}; expected at most "
@@ -141,28 +148,35 @@ def _rescale(options: ReadOptions, metadata: VolumeMetadata | None) -> LinearMap
 
 
 def _read_voxels(path: Path, header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:
-    """The stored voxels ``[x, y, z]``, read-only; an uncompressed file is mapped, not read."""
+    """The stored voxels ``[x, y, z]``.
+
+    Read, not mapped: all are looked at once anyway, and a mapped file that someone cuts off meanwhile ends the process.
+    """
     size = math.prod(shape) * header.dtype.itemsize
-    if not _is_gzip(path):
-        if (actual := path.stat().st_size) < header.offset + size:
-            raise InputError(f"{path}: truncated: {actual:,} bytes, the header needs {header.offset + size:,}")
-        if actual - header.offset - size > _LARGEST_TAIL_BYTES:
-            raise _too_long(path, shape, size)
-        return np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=shape, order="F")
+    before = file_facts(path)
+    if not _is_gzip(path) and (actual := path.stat().st_size) < header.offset + size:
+        raise InputError(f"{path}: truncated: {actual:,} bytes, the header needs {header.offset + size:,}")
     buffer = np.empty(size, np.uint8)
     try:
-        with igzip.IGzipFile(path) as stream:
+        with (igzip.IGzipFile(path) if _is_gzip(path) else path.open("rb")) as stream:
             stream.read(header.offset)
             filled = _fill(stream, buffer.data)
             # Only reading to the end makes gzip compare its checksum.
             tail = len(stream.read(_LARGEST_TAIL_BYTES + 1)) if filled == size else 0
     except _GZIP_ERRORS as error:
+        _require_unchanged(path, before)
         raise InputError(f"{path}: truncated or damaged gzip stream ({_brief(error)}); copy the file again") from error
+    _require_unchanged(path, before)
     if filled < size:
         raise InputError(f"{path}: truncated: {filled:,} bytes of voxels, the header needs {size:,}")
     if tail > _LARGEST_TAIL_BYTES:
         raise _too_long(path, shape, size)
     return buffer.view(header.dtype).reshape(shape, order="F")
+
+
+def _require_unchanged(path: Path, before: object) -> None:
+    if file_facts(path) != before:
+        raise InputError(f"{path}: changed while it was read; wait until it is written, then read it again")
 
 
 def _too_long(path: Path, shape: tuple[int, int, int], size: int) -> InputError:
@@ -182,7 +196,7 @@ def _quiet_nibabel() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _fill(stream: igzip.IGzipFile, target: memoryview) -> int:
+def _fill(stream: io.RawIOBase | io.BufferedIOBase, target: memoryview) -> int:
     """Read until ``target`` is full or the stream ends; returns the number of bytes."""
     filled = 0
     while filled < len(target):

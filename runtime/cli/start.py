@@ -1,0 +1,28 @@
+"""The console script: what signals do before, while and after the program runs.
+
+Until there is a program that could tell of an interruption, and once it has finished, Ctrl-C just ends the process: a
+traceback of half-done imports would tell nobody anything.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run() -> None:
+    """Run ``dcformer`` and end the process with its exit code."""
+    from .app import main
+
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    """End by an exception, so that temporary files are removed on the way out."""
+    sys.exit(128 + signal.SIGTERM)
