@@ -5,6 +5,7 @@ A case is told by its kind and number, which with the seed make it anew: ``--onl
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ import torch
 
 from dcformer_deploy.runtime.cli.app import COMMANDS, main
 from dcformer_deploy.runtime.cli.output import markdown_table
+from dcformer_deploy.runtime.machine import machine
 
 from . import bundles, volumes, words
 from .judge import LARGEST_BYTES, LARGEST_S, Case, Verdict, judge
@@ -55,7 +57,8 @@ _Result = tuple[str, int, Verdict, list[str]]
     "--bundle", type=click.Path(path_type=Path), help="Of the golden nano checkpoint; exported if not given."
 )
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--json", "report", type=click.Path(path_type=Path), help="Write the counts, and how every case ended.")
+@click.option("--table", type=click.Path(path_type=Path), help="Write the counts there, as Markdown.")
+@click.option("--json", "details", type=click.Path(path_type=Path), help="Write how every case ended.")
 def command(
     cases: int,
     seed: int,
@@ -64,7 +67,8 @@ def command(
     keep: Path | None,
     bundle: Path | None,
     processes: int,
-    report: Path | None,
+    table: Path | None,
+    details: Path | None,
 ) -> None:
     """Run damaged and hostile input through the program."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
@@ -78,7 +82,7 @@ def command(
         names = kinds.split(",")
         jobs = [(names[i % len(names)], i // len(names)) for i in range(cases)]
         results = list(_all(jobs, seed, seeds, Path(place), processes))
-    _summary(results, report)
+    _summary(results, seed, details, table)
     sys.exit(any(verdict.problem for _, _, verdict, _ in results))
 
 
@@ -154,47 +158,29 @@ def _short(arguments: list[str]) -> str:
     return " ".join(repr(word if len(word) < 80 else word[:77] + "…") for word in arguments)
 
 
-def _summary(results: list[_Result], report: Path | None) -> None:
-    columns = (
-        "kind",
-        "cases",
-        "ok",
-        "refused (2)",
-        "check failed (1)",
-        "environment (3)",
-        "bad ends",
-        "longest",
-        "most memory",
-    )
+def _summary(results: list[_Result], seed: int, details: Path | None, table: Path | None) -> None:
+    columns = ("kind", "cases", "ok", "refused (2)", "check failed (1)", "environment (3)", "bad ends", "longest",
+               "memory")
     rows = []
     for kind in dict.fromkeys(result[0] for result in results):
         own = [verdict for name, _, verdict, _ in results if name == kind]
         codes = Counter(verdict.exit_code for verdict in own)
-        rows.append(
-            (
-                kind,
-                str(len(own)),
-                *(str(codes[code]) for code in (0, 2, 1, 3)),
-                str(sum(v.problem is not None for v in own)),
-                f"{max(v.seconds for v in own):.1f} s",
-                f"{max(v.peak_bytes for v in own) >> 20} MiB",
-            )
-        )
-    click.echo("\n".join(markdown_table(columns, rows)))
-    click.echo(f"limits: {LARGEST_S:g} s, {LARGEST_BYTES >> 20} MiB beyond the libraries")
-    if report is not None:
-        ends = [
-            {
-                "case": f"{kind}:{number}",
-                "exit_code": v.exit_code,
-                "problem": v.problem,
-                "arguments": arguments,
-                "errors": v.errors,
-            }
-            for kind, number, v, arguments in results
-        ]
-        table = [dict(zip(columns, row, strict=True)) for row in rows]
-        report.write_text(json.dumps({"kinds": table, "cases": ends}, indent=1) + "\n")
+        rows.append((kind, str(len(own)), *(str(codes[code]) for code in (0, 2, 1, 3)),
+                     str(sum(verdict.problem is not None for verdict in own)),
+                     f"{max(verdict.seconds for verdict in own):.1f} s",
+                     f"{max(verdict.peak_bytes for verdict in own) >> 20} MiB"))
+    told = [f"{len(results)} cases, seed {seed}; {machine()}; {datetime.date.today()}.", "",
+            *markdown_table(columns, rows), "",
+            f"Limits: {LARGEST_S:g} s, and {LARGEST_BYTES >> 20} MiB beyond the libraries that all cases share.",
+            *(f"{kind}:{number}: {v.problem}" for kind, number, v, _ in results if v.problem)]
+    click.echo("\n".join(told))
+    if table is not None:
+        head = ["# Input that tries to break it", "", "`make fuzz`; what the kinds are: tests/fuzz.", ""]
+        table.write_text("\n".join([*head, *told]) + "\n")
+    if details is not None:
+        ends = [{"case": f"{kind}:{number}", "exit_code": v.exit_code, "problem": v.problem, "arguments": arguments,
+                 "errors": v.errors} for kind, number, v, arguments in results]
+        details.write_text(json.dumps(ends, indent=1) + "\n")
 
 
 if __name__ == "__main__":

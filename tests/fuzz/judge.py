@@ -74,7 +74,7 @@ def judge(case: Case, folder: Path, program: Callable[[list[str]], int]) -> Verd
         seconds = time.monotonic() - begin
         output = (outside / "stdout").read_bytes() if (outside / "stdout").exists() else b""
         errors = (outside / "stderr").read_text(errors="backslashreplace") if (outside / "stderr").exists() else ""
-        left = sorted(str(path.relative_to(outside)) for path in (outside / "tmp").rglob("*"))
+        left = sorted(str(path.relative_to(outside / "tmp")) for path in (outside / "tmp").rglob("*"))
         after = _snapshot(folder)
         problem = (
             _end(code)
