@@ -7,13 +7,16 @@ MODEL := benchmarks/phantom/model
 SEED ?= 8
 CLINICAL := demo/clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
 
-.PHONY: demo bench train evaluate retention throughput indexes fuzz gpu-check test test-all lint clean
+.PHONY: ready demo bench train evaluate retention throughput indexes fuzz gpu-check test test-all lint clean
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# The environment alone.
+ready: $(READY)
 
 # Triton's own server, for its tests; where its wheel does not fit the system, they are skipped and say so.
 $(VENV)/triton-server/ready: $(READY) tests/triton_server.py

@@ -12,9 +12,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..runtime.cli.output import markdown_table
 from ..runtime.files import atomic_file
+from ..runtime.report.page import Section, write_tables
 from .survey import EncoderMeasurement, Survey, pareto_front
 
 COLUMNS = ("encoder", "volume", "median ms", "p95 ms", "peak MB", "params (M)", "GFLOPs", "GFLOP/s", "F1 (%)")
+_COLUMNS_EXPLAINED = (
+    "GFLOPs are multiply-accumulates as published, at the volume stated; parameters are the encoder's alone. F1: "
+    "published, zero-shot, at 512x512x256 with the published weights.")
 #: Colour-blind safe (Okabe and Ito), one for each family; the front of DCFormer is what readers look for.
 _COLOURS = {"dcformer": "#D55E00", "convnext": "#0072B2", "poolformer": "#009E73", "transunet": "#CC79A7",
             "vit": "#E69F00", "ctvit": "#56B4E9"}
@@ -47,18 +51,16 @@ def markdown(survey: Survey) -> str:
         if texts[0] in front:
             texts[0] = f"**{texts[0]}**"
     lines = [f"{title(survey)}.", "", *markdown_table(COLUMNS, rows)]
-    lines += ["", f"Medians over {survey.rounds} rounds, each encoder in a process of its own. GFLOPs are "
-              "multiply-accumulates as published, at the volume stated; parameters are the encoder's alone. F1: "
-              "published, zero-shot, at 512x512x256 with the published weights. Bold: no other encoder is both faster "
-              "and better."]
+    lines += ["", f"Medians over {survey.rounds} rounds, each encoder in a process of its own. {_COLUMNS_EXPLAINED} "
+              "Bold: no other encoder is both faster and better."]
     lines += [f"{row.encoder}: {row.problem}" for row in survey.encoders if row.problem]
     return "\n".join(lines) + "\n"
 
 
 def write_report(survey: Survey, folder: Path) -> list[Path]:
-    """Write ``encoders-SIZE.md``, ``.csv``, ``.json`` and ``.png`` in ``folder``; returns their paths."""
+    """Write ``encoders-SIZE.md``, ``.csv``, ``.json``, ``.png`` and ``.html``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"encoders-{survey.size}.{suffix}" for suffix in ("md", "csv", "json", "png")]
+    paths = [folder / f"encoders-{survey.size}.{suffix}" for suffix in ("md", "csv", "json", "png", "html")]
     with atomic_file(paths[0]) as path:
         path.write_text(markdown(survey), encoding="utf-8")
     with atomic_file(paths[1]) as path, path.open("w", newline="", encoding="utf-8") as file:
@@ -70,6 +72,15 @@ def write_report(survey: Survey, folder: Path) -> list[Path]:
         path.write_text(json.dumps(survey.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with atomic_file(paths[3]) as path:
         draw(survey).savefig(path, dpi=160)
+    front = ", ".join(row.encoder for row in pareto_front(survey.encoders))
+    notes = [_COLUMNS_EXPLAINED, f"No other encoder is both faster and better: {front or 'none'}.",
+             *(f"{row.encoder}: {row.problem}" for row in survey.encoders if row.problem)]
+    facts = [("volumes", f"{survey.size}x{survey.size}x{survey.size // 2}, batch 1, random weights"),
+             ("back end", survey.backend), ("machine", survey.machine), ("date", survey.date),
+             ("rounds", str(survey.rounds))]
+    section = Section("Encoders", COLUMNS, [cells(row) for row in survey.encoders], notes, COLUMNS.index("median ms"),
+                      paths[3].read_bytes())
+    write_tables(paths[4], "3D CT encoders", facts, [section])
     return paths
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ..runtime.cli.output import markdown_table
 from ..runtime.files import atomic_file
+from ..runtime.report.page import Section, write_tables
 from .retention import Kept, Retention
 
 COLUMNS = ("precision", "cosine, mean", "cosine, worst", "codes equal", "scores differ, mean", "scores differ, most",
@@ -64,18 +66,42 @@ def _estimate(kept: Kept, finding: str) -> str:
 
 
 def write_report(found: Retention, folder: Path) -> list[Path]:
-    """Write ``retention.md``, ``.json`` and, with labels, ``.png`` in ``folder``; returns their paths."""
+    """Write ``retention.md``, ``.json``, ``.html`` and, with labels, ``.png``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"retention.{suffix}" for suffix in ("md", "json")]
+    paths = [folder / f"retention.{suffix}" for suffix in ("md", "json", "html")]
     with atomic_file(paths[0]) as path:
         path.write_text(markdown(found), encoding="utf-8")
     with atomic_file(paths[1]) as path:
         path.write_text(json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    picture = None
     if any(kept.auroc_delta for kept in found.precisions.values()):
         paths.append(folder / "retention.png")
-        with atomic_file(paths[2]) as path:
+        with atomic_file(paths[3]) as path:
             draw(found).savefig(path, dpi=160)
+        picture = paths[3].read_bytes()
+    write_tables(paths[2], "What lower precisions keep", _facts(found), list(_sections(found, picture)))
     return paths
+
+
+def _facts(found: Retention) -> list[tuple[str, str]]:
+    facts = [("bundle", found.bundle), ("data set", found.dataset), ("scans", str(found.scans)),
+             ("machine", found.machine), ("against", "the bundle's own fp32")]
+    return facts + ([] if found.auroc is None else [("mean AUROC in fp32", f"{found.auroc:.4f}")])
+
+
+def _sections(found: Retention, picture: bytes | None) -> Iterator[Section]:
+    notes = ["AUROC: less that of fp32, with the 95 % interval of the paired bootstrap over scans.",
+             *(f"{name}: {kept.backend}." for name, kept in found.precisions.items()),
+             *(f"Left out: {text}" for text in found.failed)]
+    yield Section("Against fp32", COLUMNS, [cells(name, kept) for name, kept in found.precisions.items()], notes)
+    classes = next((list(kept.auroc_delta) for kept in found.precisions.values() if kept.auroc_delta), [])
+    if classes:
+        rows = [[finding, *(_estimate(kept, finding) for kept in found.precisions.values())] for finding in classes]
+        yield Section("AUROC less fp32's, by finding", ("finding", *found.precisions), rows, picture=picture)
+    for name, kept in found.precisions.items():
+        if kept.layers:
+            yield Section(f"Noise of activations, {name}", ("activation", "made by", "SQNR, dB"),
+                          [[entry.activation, entry.operator, f"{entry.sqnr_db:.1f}"] for entry in kept.layers], bars=2)
 
 
 def draw(found: Retention) -> Figure:

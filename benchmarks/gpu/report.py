@@ -9,6 +9,7 @@ from typing import Any
 
 from ...runtime.cli.output import markdown_table
 from ...runtime.files import atomic_file
+from ...runtime.report.page import Section, write_tables
 from ..measure import Measurement, Report
 from . import GpuReport, Row
 
@@ -44,29 +45,46 @@ def markdown(report: GpuReport, processes: Report | None) -> str:
     """The tables, the floors, and what could not run."""
     ran = [cells(row) for row in report.rows if row.problem is None]
     lines = [f"{title(report)}.", "", *markdown_table(COLUMNS, ran)]
-    rates = ", ".join(f"{name} {rate / 1e12:.0f} T/s" for name, rate in report.floors.multiply_adds_per_s.items())
-    lines += ["", "One process, by turns; times between events of the stream, inputs on the device. Floors: a copy on "
-              f"the device moves {report.floors.copy_bytes_per_s / 1e9:,.0f} GB/s; multiply-adds of a matrix product: "
-              f"{rates or 'not measured, as PyTorch has no CUDA here'}; one volume needs "
-              f"{report.multiply_adds / 1e9:.1f} G multiply-adds.", ""]
+    lines += ["", _floors(report), ""]
     if processes is not None:
-        what = "a preprocessed volume to the embedding" if processes.scan is None else \
-            f"{Path(processes.scan).name} to scores"
-        lines += [f"Each in a process of its own, batch 1, from {what}, the host's time:", "", *markdown_table(
+        lines += [f"{_work(processes)}, the host's time:", "", *markdown_table(
             PROCESS_COLUMNS, [process_cells(measured) for measured in processes.contenders]), ""]
     lines += [f"- {row.name}, batch {row.batch}: {row.problem}" for row in report.rows if row.problem is not None]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _floors(report: GpuReport) -> str:
+    rates = ", ".join(f"{name} {rate / 1e12:.0f} T/s" for name, rate in report.floors.multiply_adds_per_s.items())
+    return ("One process, by turns; times between events of the stream, inputs on the device. Floors: a copy on the "
+            f"device moves {report.floors.copy_bytes_per_s / 1e9:,.0f} GB/s; multiply-adds of a matrix product: "
+            f"{rates or 'not measured, as PyTorch has no CUDA here'}; one volume needs "
+            f"{report.multiply_adds / 1e9:.1f} G multiply-adds.")
+
+
+def _work(processes: Report) -> str:
+    what = "a preprocessed volume to the embedding" if processes.scan is None else \
+        f"{Path(processes.scan).name} to scores"
+    return f"Each in a process of its own, batch 1, from {what}"
+
+
 def write_report(report: GpuReport, processes: Report | None, folder: Path) -> list[Path]:
-    """Write ``GPU-ENCODER.md`` and ``.json``; returns their paths."""
+    """Write ``GPU-ENCODER.md``, ``.json`` and ``.html``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub("[^a-z0-9]+", "-", report.gpu.split(",")[0].lower().replace("nvidia", "")).strip("-")
-    paths = [folder / f"{device}-{report.encoder}.{suffix}" for suffix in ("md", "json")]
+    paths = [folder / f"{device}-{report.encoder}.{suffix}" for suffix in ("md", "json", "html")]
     with atomic_file(paths[0]) as path:
         path.write_text(markdown(report, processes), encoding="utf-8")
     with atomic_file(paths[1]) as path:
         path.write_text(json.dumps(to_dict(report, processes), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    sections = [Section("On the device", COLUMNS, [cells(row) for row in report.rows if row.problem is None],
+                        [_floors(report), *(f"{row.name}, batch {row.batch}: {row.problem}" for row in report.rows
+                                            if row.problem is not None)], COLUMNS.index("median ms"))]
+    if processes is not None:
+        sections.append(Section(f"{_work(processes)}, the host's time", PROCESS_COLUMNS,
+                                [process_cells(one) for one in processes.contenders], bars=1))
+    facts = [("encoder", report.encoder), ("volumes", "x".join(map(str, report.volume_dhw))), ("GPU", report.gpu),
+             ("machine", report.machine), ("date", report.date)]
+    write_tables(paths[2], "Engines on a GPU", facts, sections)
     return paths
 
 

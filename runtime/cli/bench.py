@@ -12,10 +12,13 @@ from ..backends import Options
 from ..backends.base import DEVICES, MOST_THREADS
 from ..bundle import open_bundle
 from ..errors import InputError
-from ..files import require_file, require_writable_folder, sha256_file
+from ..files import require_file, require_writable_file, require_writable_folder, sha256_file
 from .bench_gpu import bench_gpu, read_batches
 from .options import json_option
 from .output import print_json, print_table, progress
+
+_MEASURED = ("Each in a process of its own, by turns, after a warm-up; ratios are medians of pairs. Cosine: with the "
+             "first contender's embedding.")
 
 
 @click.command("bench")
@@ -45,10 +48,13 @@ from .output import print_json, print_table, progress
               help="With --device cuda: about how long to measure each batch.  [default: 20]")
 @click.option("--bundles", type=click.Path(path_type=Path), metavar="DIR",
               help="With --encoders: keep the exported bundles there, and use those that are there already.")
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE.html",
+              help="With BUNDLE, on the CPU: write the table as a page, too.")
 @json_option
 def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Path | None, against: str | None,
             scan: Path | None, load_only: bool, encoders: str | None, size: int | None, out: Path | None,
-            bundles: Path | None, device: str, batches: str | None, seconds: float | None, as_json: bool) -> None:
+            bundles: Path | None, device: str, batches: str | None, seconds: float | None, page: Path | None,
+            as_json: bool) -> None:
     """Measure latency (median, p95), peak memory and cold start of BUNDLE's image tower, or of many encoders.
 
     With a BUNDLE, others run beside it, by turns; ratios are to the first of them.
@@ -56,6 +62,13 @@ def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Pat
     if (bundle is None) == (encoders is None):
         raise InputError("pass a BUNDLE, or --encoders to measure encoders without one")
     thread_count = Options(threads=threads).thread_count
+    if page is not None:
+        from ..report.page import require_page_name
+
+        if device == "cuda" or encoders is not None:
+            raise InputError("--report is for a BUNDLE on the CPU; elsewhere --out writes a page, too")
+        require_page_name(page)
+        require_writable_file(page)
     if device == "cuda":
         if bundle is None or against is not None or load_only:
             raise InputError("--device cuda measures a BUNDLE, beside everything that runs there; drop --encoders, "
@@ -82,11 +95,11 @@ def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Pat
     if load_only and scan is None:
         raise InputError("--load-only needs --scan SCAN")
     assert bundle is not None
-    _bench_bundle(bundle, against, checkpoint, scan, load_only, runs, thread_count, as_json)
+    _bench_bundle(bundle, against, checkpoint, scan, load_only, runs, thread_count, page, as_json)
 
 
 def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, scan: Path | None, load_only: bool,
-                  runs: int, threads: int, as_json: bool) -> None:
+                  runs: int, threads: int, page: Path | None, as_json: bool) -> None:
     from ...benchmarks.entrants import Field, choose_entrants, loading_entrants
     from ...benchmarks.measure import measure
 
@@ -105,19 +118,27 @@ def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, sc
         entrants = (loading_entrants(field) if load_only else
                     choose_entrants(names, field, Path(folder), display.stage))
         report = measure(entrants, manifest.encoder, manifest.preprocessing.shape_dhw, runs, display.stage)
-    if as_json:
-        print_json(report.to_dict())
-        return
     size = "x".join(map(str, report.volume_dhw))
     work = f"volume {size}, batch 1" if scan is None else f"{scan.name} to {'voxels' if load_only else 'scores'}"
     title = f"{report.encoder}, {work}; {report.machine}, {report.threads} threads; {report.date}"
     columns = ("", "median ms", "p95 ms", "runs", f"times {report.contenders[0].name}", "cold start ms", "peak RSS MB",
                "cosine", "")
-    print_table(title, columns, (
-        (c.name, f"{c.median_ms:.0f}", f"{c.p95_ms:.0f}", c.runs, f"{c.ratio:.2f}", f"{c.cold_start_ms:.0f}",
-         f"{c.peak_rss_mb:.0f}", "-" if c.cosine is None else f"{c.cosine:.6f}", c.description)
-        for c in report.contenders
-    ))
+    rows = [(c.name, f"{c.median_ms:.0f}", f"{c.p95_ms:.0f}", str(c.runs), f"{c.ratio:.2f}", f"{c.cold_start_ms:.0f}",
+             f"{c.peak_rss_mb:.0f}", "-" if c.cosine is None else f"{c.cosine:.6f}", c.description)
+            for c in report.contenders]
+    if page is not None:
+        from ..report.page import Section, write_tables
+
+        facts = [("encoder", report.encoder), ("work", work),
+                 ("machine", f"{report.machine}, {report.threads} threads"), ("date", report.date)]
+        write_tables(page, f"{report.encoder}: latency and memory", facts, [Section(
+            "Contenders", columns, rows, [_MEASURED], columns.index("median ms"))])
+    if as_json:
+        print_json(report.to_dict())
+        return
+    print_table(title, columns, rows)
+    if page is not None:
+        click.echo(page)
 
 
 def _default_rivals() -> list[str]:

@@ -70,8 +70,8 @@ def arrange(path: Path, slices: Sequence[Placed], spacing_yx: tuple[float, float
     uneven = np.flatnonzero(np.abs(steps - usual) > max(_SAME_DISTANCE * usual, _SAME_POSITION_MM))
     if len(uneven):
         index = int(uneven[0])
-        told = (f"{len(uneven)} uneven distances, the first {steps[index]:.2f} mm instead of {usual:.2f} between "
-                f"{names[index]} at {along[index]:.2f} mm and {Path(names[index + 1]).name} at "
+        found = f"{len(uneven)} uneven distances, the first {steps[index]:.2f} mm instead of {usual:.2f}"
+        told = (f"{found} between {names[index]} at {along[index]:.2f} mm and {Path(names[index + 1]).name} at "
                 f"{along[index + 1]:.2f} mm")
         if not resample_irregular:
             missing = " (slices are missing)" if steps[index] > 1.5 * usual else ""
@@ -79,18 +79,20 @@ def arrange(path: Path, slices: Sequence[Placed], spacing_yx: tuple[float, float
         if (along[-1] - along[0]) / usual + 1 > _MOST_INTERPOLATED * len(along):
             raise InputError(f"{path}: {told}; more than half of the slices would be interpolated, too many to be a "
                              "scan. Choose a series with --series, or find the missing slices")
-        notes.append(f"interpolated along the slices: {told}")
+        # No names of files: notes end up in stores and reports, and names may be those of patients.
+        notes.append(f"interpolated along the slices: {found}, at {along[index]:.2f} mm")
     spacing = usual if len(uneven) else float(along[-1] - along[0]) / (len(along) - 1)
     drift = positions - positions[0] - (along - along[0])[:, None] * normal
     sideways = np.stack([drift @ row / spacing_yx[1], drift @ column / spacing_yx[0]], axis=1)
     worst = int(np.abs(sideways).max(axis=1).argmax())
     if np.abs(sideways).max() > _LARGEST_DRIFT:
         tilt = np.degrees(np.arctan2(np.linalg.norm(drift[worst]), abs(along[worst] - along[0])))
-        told = (f"the stack leans by {tilt:.1f} degrees (gantry tilt): {names[worst]} at {along[worst]:.2f} mm lies "
-                f"{np.linalg.norm(drift[worst]):.1f} mm beside the first slice")
+        found = f"the stack leans by {tilt:.1f} degrees (gantry tilt)"
+        told = (f"{found}: {names[worst]} at {along[worst]:.2f} mm lies {np.linalg.norm(drift[worst]):.1f} mm beside "
+                "the first slice")
         if not resample_irregular:
             raise InputError(f"{path}: {told}; pass --resample-irregular to straighten it")
-        notes.append(f"straightened: {told}")
+        notes.append(f"straightened: {found}")
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * spacing_yx[1], column * spacing_yx[0], normal * spacing
     affine[:3, 3] = positions[0]

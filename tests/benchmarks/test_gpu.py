@@ -141,6 +141,8 @@ def test_command(built: Path, library: FakeTensorRt, tmp_path: Path, capsys, mon
     text = (tmp_path / "h100-dcformer-nano.md").read_text()
     assert "| tensorrt-fp16 | 1 |" in text
     assert "- torch-fp32, batch 1: " in text
+    page = (tmp_path / "h100-dcformer-nano.html").read_text()
+    assert "<td>tensorrt-fp16</td>" in page and "torch-fp32, batch 1: " in page
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -61,12 +61,15 @@ def test_failing_contender_is_reported(tmp_path: Path):
         measure([_alone(tmp_path / "none")], "dcformer-nano", SHAPE, 3)
 
 
-def test_command(pristine_bundle: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", str(pristine_bundle), "--runs", "3", "--threads", "1", "--json"]) == 0
+def test_command(pristine_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", str(pristine_bundle), "--runs", "3", "--threads", "1", "--json",
+                 "--report", str(tmp_path / "b.html")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [c["name"] for c in report["contenders"]] == ["torch", "onnxruntime"]
     assert report["threads"] == 1 and report["volume_dhw"] == list(SHAPE)
     assert {"median_ms", "p95_ms", "peak_rss_mb", "cold_start_ms", "ratio"} <= set(report["contenders"][0])
+    page = (tmp_path / "b.html").read_text()
+    assert f"<td class=\"number\">{report['contenders'][1]['median_ms']:.0f}</td>" in page and "<td>torch</td>" in page
 
 
 @pytest.mark.slow

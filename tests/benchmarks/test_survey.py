@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 from pathlib import Path
@@ -43,13 +44,17 @@ def test_pareto_front_by_hand():
 
 def test_report_files(tmp_path: Path):
     paths = write_report(SURVEY, tmp_path / "new" / "folder")
-    assert [path.name for path in paths] == [f"encoders-64.{suffix}" for suffix in ("md", "csv", "json", "png")]
+    assert [path.name for path in paths] == [f"encoders-64.{suffix}" for suffix in ("md", "csv", "json", "png", "html")]
     with paths[1].open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [r["encoder"] for r in rows] == [r.encoder for r in ROWS]
     assert rows[0]["median_ms"] == "40" and rows[0]["volume_dhw"] == "32x64x64" and rows[-1]["median_ms"] == ""
     assert json.loads(paths[2].read_text())["encoders"][1]["published_f1"] == 42.5
     assert paths[3].read_bytes().startswith(b"\x89PNG")
+    page = paths[4].read_text()
+    assert all(f"<td>{r.encoder}</td>" in page for r in ROWS)
+    assert base64.b64encode(paths[3].read_bytes()).decode() in page
+    assert "No other encoder is both faster and better: " in page
 
 
 def test_markdown_is_one_table_with_the_front_in_bold():

@@ -55,10 +55,13 @@ def test_json_with_labels(capsys, calibrated: Path, labelled: Path, tmp_path: Pa
     assert found["int8"]["auroc_delta"][CT_RATE_CLASSES[17]]["value"] is None  # a finding that no scan has
     noise = {name: {row["activation"]: row["sqnr_db"] for row in found[name]["layers"]} for name in ("fp16", "int8")}
     assert noise["fp16"]["feature_map"] > noise["int8"]["feature_map"] + 10
-    assert {path.name for path in (tmp_path / "r").iterdir()} == {"retention.md", "retention.json", "retention.png"}
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {
+        "retention.md", "retention.json", "retention.png", "retention.html"}
     assert json.loads((tmp_path / "r" / "retention.json").read_text()) == found
     text = (tmp_path / "r" / "retention.md").read_text()
     assert "SQNR, dB" in text and "Cardiomegaly" in text
+    page = (tmp_path / "r" / "retention.html").read_text()
+    assert "<td>Cardiomegaly</td>" in page and "Noise of activations, int8" in page and "data:image/png" in page
 
 
 def test_without_labels_and_with_bfloat16(capsys, calibrated: Path, scans: Path):
