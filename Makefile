@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := benchmarks/phantom/model
 SEED ?= 8
+PAINTED := demo/phantom/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
 CLINICAL := demo/clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
 
 .PHONY: ready demo bench train evaluate retention throughput indexes fuzz occlusion gpu-check test test-all lint clean
@@ -27,6 +28,7 @@ demo: $(READY)
 	$(BIN)/dcformer phantom --n 1 --seed $(SEED) --out demo/phantom --force
 	$(BIN)/dcformer export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/bundle --force
 	$(BIN)/python -m dcformer_deploy.benchmarks.phantom.demo demo/bundle demo/phantom --picture demo/phantom.png
+	$(BIN)/dcformer report demo/bundle $(PAINTED) --out demo/report.html
 
 # Latency and memory at the published size, 512x512x256, where weights do not matter; loading and file to scores on a
 # phantom of clinical resolution.

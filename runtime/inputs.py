@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import InputError
 from .files import require_file
+from .scan_files import require_scan
 from .volume.folder import find_scans
 
 #: Columns of a list that may hold the path.
@@ -46,6 +47,13 @@ def find_items(inputs: Iterable[str | Path], split: str | None, options: Mapping
     if not found:
         raise InputError("no scan in what was given")
     return found
+
+
+def require_there(inputs: Iterable[str | Path]) -> None:
+    """Raise InputError if something that was named is not there; of patterns ``find_items`` tells."""
+    for given in map(str, inputs):
+        if not glob.has_magic(given):
+            require_scan(Path(given))
 
 
 def _expand(given: str, split: str | None) -> Iterator[tuple[Path, Path | None]]:

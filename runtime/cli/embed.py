@@ -12,7 +12,7 @@ import numpy as np
 from ..backends.base import AUTO, Options
 from ..errors import InputError
 from ..files import atomic_file
-from ..inputs import Item, find_items
+from ..inputs import Item, find_items, require_there
 from ..model import Model, load
 from .options import bundle_argument, given_options, keep_going_option, model_options, preprocess_option, scan_options
 from .output import announce, print_json, progress, told
@@ -59,12 +59,15 @@ def command(
     """Embed scans: files, folders, patterns, or CSV and Parquet lists with a column `path`.
 
     STORE gets a row for each: embedding, zero-shot scores, content hash, how it was read, or its error. An interrupted
-    run goes on where it stopped; what is there and unchanged is skipped. FILE.npz gets `embeddings` [n, 512] float32,
+    run goes on where it stopped; what is there and unchanged is skipped. A SCAN that is not there ends the command at
+    once, unless --keep-going. FILE.npz gets `embeddings` [n, 512] float32,
     `volumes` [n], `manifest_sha256`. Exit code 2 if scans failed.
     """
     if out.suffix not in ("", _FEW) and not out.is_dir():
         raise InputError(f"--out {out}: expected FILE.npz, or the name of a folder, without an ending")
     given = given_options(read_options)
+    if not keep_going:
+        require_there(inputs)
     cores = Options(threads=threads).thread_count
     readers_here = readers or _usual_readers(device, cores)
     in_store_on_cpu = device == "cpu" and out.suffix != _FEW

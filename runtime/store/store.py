@@ -6,6 +6,7 @@ whatever ends the program leaves whole parts, and at most a temporary file that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -51,7 +52,8 @@ class Store:
         self.folder, self._identity = folder, identity
         self._waiting: list[Entry] = []
         self._since = time.monotonic()
-        if not folder.exists():
+        self._is_new = not folder.exists()
+        if self._is_new:
             with atomic_folder(folder) as new:
                 info = {"format": FORMAT, "bundle": str(bundle.absolute()) if bundle is not None else None,
                         **dataclasses.asdict(identity)}
@@ -139,8 +141,21 @@ class Store:
                  trace: TracebackType | None) -> None:
         try:
             self.flush()
+        except BaseException:
+            self._remove_if_empty()
+            raise
         finally:
             os.close(self._lock)
+        if kind is not None:
+            self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
+        """A store that this program began, and nothing came of."""
+        if self._is_new and not parts(self.folder):
+            for name in (_LOCK_NAME, INFO_NAME):
+                (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # someone else put something there
+                self.folder.rmdir()
 
 
 def read_part(path: Path, identity: Identity, columns: Sequence[str] | None = None) -> pa.Table:

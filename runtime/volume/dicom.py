@@ -267,7 +267,7 @@ def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[N
         try:
             with header.file.open() as stream:
                 plane = pixel_array(stream)
-        except _DAMAGE as error:
+        except (*_DAMAGE, MemoryError) as error:
             raise InputError(f"{header.file.name}: its pixels cannot be read ({_brief(error)})") from error
         if plane.shape != (rows, columns):
             raise InputError(f"{header.file.name}: {plane.shape} pixels, its header says {(rows, columns)}")

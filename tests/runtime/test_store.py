@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dcformer_deploy.runtime import InputError
-from dcformer_deploy.runtime.errors import DcformerWarning
+from dcformer_deploy.runtime.errors import DcformerWarning, DiskFull
 from dcformer_deploy.runtime.store import Entry, Identity, Known, Store, read_store
 from dcformer_deploy.runtime.store import index as index_module
 from dcformer_deploy.runtime.store import store as module
@@ -151,7 +151,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store.append(_entry(1))
     with monkeypatch.context() as patch:
         patch.setattr(module.pq, "write_table", full)
-        with pytest.raises(InputError, match=r"part-000001.parquet: cannot be written \(No space left on device\)"):
+        with pytest.raises(DiskFull, match=r"part-000001.parquet: cannot be written \(No space left on device\)"):
             store.flush()
     assert sorted(path.suffix for path in (tmp_path / "s").iterdir()) == ["", ".json", ".parquet"]
     store.flush()  # space again: nothing was lost
@@ -190,3 +190,17 @@ def test_an_edited_store_json_is_noticed(tmp_path: Path):
         read_store(tmp_path / "s")
     with pytest.raises(InputError, match="column scores"):
         Store(tmp_path / "s", module.read_info(tmp_path / "s")[0])
+
+
+def test_a_store_of_nothing_goes_again(tmp_path: Path):
+    for name in ("new", "old"):
+        if name == "old":
+            with Store(tmp_path / name, IDENTITY):
+                pass
+        with pytest.raises(KeyboardInterrupt), Store(tmp_path / name, IDENTITY):
+            raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    with pytest.raises(KeyboardInterrupt), Store(tmp_path / "new", IDENTITY) as store:
+        store.append(_entry(0))
+        raise KeyboardInterrupt
+    assert len(read_store(tmp_path / "new")) == 1
