@@ -92,7 +92,7 @@ def _facts(found: Retention) -> list[tuple[str, str]]:
 def _sections(found: Retention, picture: bytes | None) -> Iterator[Section]:
     notes = ["AUROC: less that of fp32, with the 95 % interval of the paired bootstrap over scans.",
              *(f"{name}: {kept.backend}." for name, kept in found.precisions.items()),
-             *(f"Left out: {text}" for text in found.failed)]
+             *([f"Left out: {len(found.failed)} scans that could not be read."] if found.failed else [])]
     yield Section("Against fp32", COLUMNS, [cells(name, kept) for name, kept in found.precisions.items()], notes)
     classes = next((list(kept.auroc_delta) for kept in found.precisions.values() if kept.auroc_delta), [])
     if classes:

@@ -41,8 +41,7 @@ __all__ = [
 ]
 # ONNX Runtime's published Linux builds send usage data to Microsoft, and keep an identifier of the machine, unless this
 # is set before its import. A hospital's program must not.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("ORT_TELEMETRY_DISABLED", "1")
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
 _MODULES = ("errors", "manifest", "results", "model")
 
 

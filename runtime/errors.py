@@ -54,7 +54,7 @@ class DeviceLost(InferenceError):
 
 
 class DiskFull(DcformerError):
-    """What was being written does not fit; nothing of it is left."""
+    """What was being written does not fit on the disk."""
 
     exit_code = 3
 

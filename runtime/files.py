@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import DiskFull, InputError
+from .errors import DcformerError, DiskFull, InputError
 
 _CHUNK_BYTES = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,6 +29,19 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the system had no more room for a file."""
+    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL)
+
+
+def writing_error(path: Path, error: OSError, then: str = "") -> DcformerError:
+    """What to raise instead of the system's own error; ``then``: what to do once the cause is gone."""
+    reason = error.strerror or str(error)
+    if is_full(error):
+        return DiskFull(f"{path}: cannot be written ({reason}); free some space{then}, or choose another place")
+    return InputError(f"{path}: cannot write here ({reason}); choose another place, or make it writable{then}")
 
 
 def require_file(path: Path, what: str) -> None:
@@ -67,6 +80,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Raises:
         InputError: ``path`` is a folder, or its parent cannot be written.
+        DiskFull: no space left.
     """
     if path.is_dir():
         raise InputError(f"{path}: expected a file name, found a folder")
@@ -124,14 +138,12 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
-        raise InputError(f"{path}: cannot write here ({error.strerror}); choose another place, or make it "
-                         "writable") from error
+        raise writing_error(path, error) from error
     try:
         yield temporary
     except OSError as error:
-        if error.errno in _FULL:
-            raise DiskFull(f"{path}: cannot be written ({error.strerror}); free some space, or choose another place"
-                           ) from error
+        if is_full(error):
+            raise writing_error(path, error) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

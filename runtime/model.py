@@ -25,7 +25,7 @@ from .manifest import Graph, Manifest, ZeroShotTask
 from .results import Classification, Prepared, ZeroShot
 from .scoring import probabilities
 from .text import Tokenizer
-from .volume import ReadOptions, image_feeds, is_prepared, open_prepared, prepare_scan, read_scan, scan_feeds
+from .volume import ReadOptions, Volume, image_feeds, is_prepared, open_prepared, prepare_scan, read_scan, scan_feeds
 
 #: Of an inference of the text tower, whose memory grows with them.
 _TOKENS_AT_ONCE = 8192
@@ -121,6 +121,25 @@ class Model:
         """
         return self._prepare(scan, read_options, {}, threads)
 
+    def prepare_volume(self, volume: Volume, name: str, timings_ms: dict[str, float] | None = None,
+                       threads: int | None = None) -> Prepared:
+        """As ``prepare``, of a scan that ``volume.read_scan`` has read for this model's preprocessing.
+
+        Args:
+            timings_ms: gets that of "preprocess".
+        """
+        inputs, spec = self._info("image").inputs, self.manifest.preprocessing
+        timings = {} if timings_ms is None else timings_ms
+        with _timed(timings, "preprocess"):
+            if self._options.preprocess == "gpu":
+                backend = self._graph("image")
+                assert isinstance(backend, EngineBackend)  # Options allows it with engines only
+                feeds = backend.preprocess(volume, spec, inputs)
+            else:
+                feeds = scan_feeds(inputs, volume, spec, threads or self._options.thread_count)
+        return Prepared(name, feeds, volume.stored.shape, volume.spacing_hwd_mm, volume.orientation,
+                        ", then ".join(map(str, volume.scaling)) or None, "; ".join(volume.notes) or None, timings)
+
     @property
     def largest_batch(self) -> int | None:
         """Of ``embed_batch``; None where there is no limit but memory."""
@@ -130,13 +149,15 @@ class Model:
     def embed_batch(self, scans: Sequence[Prepared]) -> NDArray[np.float32]:
         """Image embeddings ``[n, 512]`` of prepared scans, in one inference unless they lie on the GPU.
 
+        A row may hold NaN or infinity: one scan that overflows must not take its neighbours along.
+
         Raises:
             InferenceError: the inference library failed.
         """
         if len(scans) == 1 or not all(isinstance(array, np.ndarray) for scan in scans for array in scan.feeds.values()):
-            return np.stack([self._embed(scan.feeds) for scan in scans])
+            return np.stack([self._graph("image").run(scan.feeds, ["image_embedding"])[0][0] for scan in scans])
         feeds = {name: np.concatenate([scan.feeds[name] for scan in scans]) for name in scans[0].feeds}
-        return self._run("image", feeds, ["image_embedding"])[0]
+        return self._graph("image").run(feeds, ["image_embedding"])[0]
 
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
         """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array.
@@ -288,15 +309,7 @@ class Model:
                             found.hounsfield, found.notes, timings)
         with _timed(timings, "read"):
             volume = read_scan(scan, spec, ReadOptions(**read_options))
-        with _timed(timings, "preprocess"):
-            if self._options.preprocess == "gpu":
-                backend = self._graph("image")
-                assert isinstance(backend, EngineBackend)  # Options allows it with engines only
-                feeds = backend.preprocess(volume, spec, inputs)
-            else:
-                feeds = scan_feeds(inputs, volume, spec, threads or self._options.thread_count)
-        return Prepared(str(scan), feeds, volume.stored.shape, volume.spacing_hwd_mm, volume.orientation,
-                        ", then ".join(map(str, volume.scaling)) or None, "; ".join(volume.notes) or None, timings)
+        return self.prepare_volume(volume, str(scan), timings, threads)
 
     def _embed(self, feeds: dict[str, Any]) -> NDArray[np.float32]:
         return self._run("image", feeds, ["image_embedding"])[0][0]

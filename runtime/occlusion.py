@@ -8,6 +8,7 @@ that it can hold). The answer is as coarse as the blocks, and true of the model,
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ def occlude(model: Model, scan: Prepared, classes: Sequence[str] | None = None, 
     Args:
         scan: as ``Model.prepare`` gives it, on the CPU.
         classes: as in ``Model.zero_shot``; a detector has its own.
-        most_blocks: the grid is the finest whose blocks are not more; each takes an inference.
+        most_blocks: as in ``choose_grid``; each takes an inference.
         on_block: told how many are done, of how many.
 
     Raises:
@@ -66,7 +67,7 @@ def occlude(model: Model, scan: Prepared, classes: Sequence[str] | None = None, 
     spec = model.manifest.preprocessing
     feeds = scan.feeds
     if not all(isinstance(array, np.ndarray) for array in feeds.values()):
-        raise InputError("occlusion hides blocks on the CPU; prepare the scan with preprocess='cpu'")
+        raise InputError("occlusion hides blocks on the CPU; load the model with preprocess='cpu'")
     cell = _cell(model)
     grid = choose_grid(spec.shape_dhw, most_blocks)
     block = tuple(side // parts for side, parts in zip(spec.shape_dhw, grid, strict=True))
@@ -75,17 +76,19 @@ def occlude(model: Model, scan: Prepared, classes: Sequence[str] | None = None, 
     air = spec.value_range[0]
     places = [place for place in itertools.product(*map(range, grid))
               if any(np.any(part != air) for part in _parts(feeds, spec, place, block))]
+    hidden = {name: array.copy() for name, array in feeds.items()}
     for done, place in enumerate(places):
         on_block(done, len(places))
-        hidden = {name: array.copy() for name, array in feeds.items()}
         for part in _parts(hidden, spec, place, block):
             part[...] = air
         effect[place] = _log_odds(whole) - _log_odds(_score(model, hidden, classes)[1])
+        for part, seen in zip(_parts(hidden, spec, place, block), _parts(feeds, spec, place, block), strict=True):
+            part[...] = seen
     return Occlusion(names, whole, effect, (block[0], block[1], block[2]), cell, len(places) + 1)
 
 
 def choose_grid(shape_dhw: tuple[int, int, int], most_blocks: int) -> tuple[int, int, int]:
-    """Blocks along D, H and W: each axis cut in halves, the longest blocks first, while there are not too many.
+    """Blocks along D, H and W: the longest side is halved, again and again, while there are not too many.
 
     Raises:
         InputError: ``most_blocks`` below 8, with which nothing could be told.
@@ -93,13 +96,13 @@ def choose_grid(shape_dhw: tuple[int, int, int], most_blocks: int) -> tuple[int,
     if most_blocks < 8:
         raise InputError(f"blocks: {most_blocks}; expected at least 8")
     grid = [1, 1, 1]
-    while True:
-        longest = max(side // parts for side, parts in zip(shape_dhw, grid, strict=True))
-        finer = [parts * 2 if side // parts == longest and side % (parts * 2) == 0 else parts
-                 for side, parts in zip(shape_dhw, grid, strict=True)]
-        if finer == grid or np.prod(finer) > most_blocks:
-            return grid[0], grid[1], grid[2]
-        grid = finer
+    while math.prod(grid) * 2 <= most_blocks:
+        even = [axis for axis in range(3) if shape_dhw[axis] % (2 * grid[axis]) == 0]
+        if not even:
+            break
+        # Of sides of as many voxels D first, along which voxels are thickest.
+        grid[max(even, key=lambda axis: (shape_dhw[axis] // grid[axis], -axis))] *= 2
+    return grid[0], grid[1], grid[2]
 
 
 def _parts(feeds: Mapping[str, NDArray[Any]], spec: Preprocessing, place: Sequence[int], block: Sequence[int]
@@ -128,7 +131,10 @@ def _cell(model: Model) -> tuple[int, int, int] | None:
     info: TensorInfo | None = next((one for one in graph.outputs if one.name == _FEATURE_MAP), None) if graph else None
     if info is None or len(info.axes) != 5:
         return None
-    height, width, depth = (int(side) for side in info.axes[-3:])
+    height, width, depth = info.axes[-3:]
+    if not (isinstance(height, int) and isinstance(width, int) and isinstance(depth, int)) or \
+            min(height, width, depth) < 1:
+        return None
     cells = [side // parts for side, parts in zip(model.manifest.preprocessing.shape_dhw, (depth, height, width),
                                                   strict=True)]
     return cells[0], cells[1], cells[2]

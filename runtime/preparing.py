@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import shutil
 import time
 from collections import Counter
@@ -13,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import BundleError, InputError
-from .files import atomic_file
+from .errors import BundleError, DiskFull, InputError
+from .files import atomic_file, is_full
 from .inputs import find_items
 from .model import Model
 from .scan_files import file_facts, path_text, require_scan, sha256_scan
 from .volume.folder import NAME_COLUMN, table_header
 from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, read_origin, write_prepared
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -127,10 +124,9 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
                 counts["skipped"] += 1
         except BundleError:
             raise
-        except (InputError, OSError) as failure:
-            if getattr(failure, "errno", None) in _FULL:
-                raise InputError(f"{task.out}: cannot be written (no space left); free some, then start again: what is "
-                                 "prepared is kept") from failure
+        except (InputError, DiskFull, OSError) as failure:
+            if is_full(failure):
+                raise DiskFull(f"{failure}; what is prepared is kept") from failure
             counts["failed"] += 1
             error = str(failure)
         on_scan(task.path, error)

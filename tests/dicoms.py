@@ -1,5 +1,6 @@
 """CT series as DICOM files, for tests."""
 
+import itertools
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 INTERCEPT = -1024
+_SERIES = itertools.count()
 
 
 def write_series(
@@ -25,7 +27,12 @@ def write_series(
         maps: slope and intercept by slice. change: edits a slice before it is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    uid, study, frame = uid or generate_uid(), generate_uid(), generate_uid()
+    unique = itertools.count(next(_SERIES) * 10_000)
+
+    def new_uid() -> str:
+        return generate_uid(entropy_srcs=[str(next(unique))])  # another each time, and the same in the next process
+
+    uid, study, frame = uid or new_uid(), new_uid(), new_uid()
     count = hounsfield.shape[2]
     positions = [-400 + spacing[2] * k for k in range(count)] if positions is None else positions
     names = np.random.default_rng(0).permutation(count)  # no order in the names
@@ -33,7 +40,7 @@ def write_series(
         slope, intercept = maps(k)
         stored = np.rint((hounsfield[:, :, k].T - intercept) / slope).astype(np.uint16)
         dataset: Any = Dataset()
-        dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, generate_uid()
+        dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, new_uid()
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = study, uid, frame
         dataset.PatientName, dataset.PatientID, dataset.Modality = "Doe^Jane", "12345", "CT"
         dataset.ImageType, dataset.InstanceNumber = ["ORIGINAL", "PRIMARY", "AXIAL"], k + 1

@@ -90,11 +90,12 @@ def _chatter(arguments: list[str]) -> int:
 @pytest.mark.parametrize(("program", "problem"), [
     (_refuse, None), (lambda arguments: 0, None), (_raise, "exit code 70"), (_trace, "traceback"),
     (_say_nothing, "exit code 2 without an error"),
+    (lambda arguments: _refuse(arguments) and _refuse(arguments), "2 errors of one scan"),
     (_leave, "left behind: left"), (_change, "changed: scan"), (_leave_temporary, "left in the temporary folder: x"),
-    (_print_nan, "nan in the output"), (_crash, "killed by SIGABRT"), (_sleep, "took more than 1 s"),
+    (_print_nan, "nan in the output"), (_crash, "killed by SIGABRT"), (_sleep, "took more than 3 s"),
     (_eat, "took more than 100 MiB"), (_chatter, "printed 'Library: something"), (lambda arguments: 9, "exit code 9")])
 def test_the_judge(program, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "LARGEST_S", 1.0)
+    monkeypatch.setattr(module, "LARGEST_S", 3.0)
     monkeypatch.setattr(module, "LARGEST_BYTES", 100 << 20)
     (tmp_path / "scan").write_text("x")
     with warnings.catch_warnings():

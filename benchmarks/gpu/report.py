@@ -62,8 +62,7 @@ def _floors(report: GpuReport) -> str:
 
 
 def _work(processes: Report) -> str:
-    what = "a preprocessed volume to the embedding" if processes.scan is None else \
-        f"{Path(processes.scan).name} to scores"
+    what = "a preprocessed volume to the embedding" if processes.scan is None else "a scan to scores"
     return f"Each in a process of its own, batch 1, from {what}"
 
 

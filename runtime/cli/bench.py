@@ -129,6 +129,8 @@ def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, sc
     if page is not None:
         from ..report.page import Section, write_tables
 
+        if scan is not None:  # the name of its file may be that of a patient
+            work = f"a scan to {'voxels' if load_only else 'scores'}"
         facts = [("encoder", report.encoder), ("work", work),
                  ("machine", f"{report.machine}, {report.threads} threads"), ("date", report.date)]
         write_tables(page, f"{report.encoder}: latency and memory", facts, [Section(

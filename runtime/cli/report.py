@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..errors import InputError
 from ..files import require_writable_file
 from ..model import load
 from .options import bundle_argument, given_options, json_option, model_options, read_classes, scan_options
@@ -42,6 +43,8 @@ def command(
     from ..report.page import require_page_name
     from ..report.scan import PageOptions, write_scan_page
 
+    if no_occlusion and explain:
+        raise InputError("--explain shows where the encoder looked, which --no-occlusion leaves out; drop one of them")
     require_page_name(out)
     require_writable_file(out)
     given = given_options(read_options)

@@ -1,7 +1,8 @@
 """The console script: what signals do before, while and after the program runs.
 
 Until there is a program that could tell of an interruption, and once it has finished, Ctrl-C just ends the process: a
-traceback of half-done imports would tell nobody anything.
+traceback of half-done imports would tell nobody anything. Who started the process with SIGINT ignored, as shells do for
+jobs in the background, keeps that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import signal
 import sys
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+_OURS = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _OURS:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run() -> None:
@@ -17,9 +20,11 @@ def run() -> None:
     from .app import main
 
     signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _OURS:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _OURS:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

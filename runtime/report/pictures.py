@@ -46,6 +46,9 @@ class _Plane:
     letters: str
     order: tuple[int, int]
 
+    def title(self, known: bool) -> str:
+        return self.name if known else f"across axis {self.axis + 1}"
+
     def edges(self, known: bool) -> tuple[str, str, str, str]:
         left, right, top, bottom = self.letters if known else [""] * 4
         return left, right, top, bottom
@@ -61,8 +64,9 @@ def scan_rows(volume: Volume, in_hounsfield: bool) -> list[tuple[str, list[Pictu
     planes = []
     for plane in _PLANES:
         index = stored.shape[plane.axis] // 2
-        values = _upright(volume.hounsfield(np.asarray(stored.take(index, plane.axis))), plane)
-        planes.append((f"{plane.name}, slice {index + 1} of {stored.shape[plane.axis]}", values, plane.edges(known),
+        values = _upright(volume.hounsfield(_slice(stored, plane.axis, index)), plane)
+        planes.append((f"{plane.title(known)}, slice {index + 1} of {stored.shape[plane.axis]}", values,
+                       plane.edges(known),
                        [stored.shape[axis] * spacing[axis] for axis in plane.order]))
     windows = WINDOWS
     if not in_hounsfield:
@@ -73,30 +77,44 @@ def scan_rows(volume: Volume, in_hounsfield: bool) -> list[tuple[str, list[Pictu
             for title, (level, width) in windows.items()]
 
 
-def block_row(volume: NDArray[np.float32], orientation: str, spec: Preprocessing, found: Occlusion, name: str
+def block_row(seen: NDArray[np.float32], scan: Volume, spec: Preprocessing, found: Occlusion, name: str
               ) -> list[Picture]:
-    """Slices of the preprocessed ``[D, H, W]`` through the strongest block of a class, all blocks coloured."""
+    """Slices of the preprocessed ``[D, H, W]`` through the block of the largest effect on a class, all blocks coloured.
+
+    Args:
+        scan: that it was made of.
+    """
     effect = found.effect[..., found.classes.index(name)]
     mark = np.zeros(effect.shape, bool)
-    mark[found.strongest(name)[0][0]] = True
+    mark[np.unravel_index(np.abs(effect).argmax(), effect.shape)] = True
+    spacing_hwd = spec.spacing_hwd_mm
+    if spec.resampling == "to_shape":  # stretched: the pixels' proportions are those of the scan
+        sides = (*seen.shape[1:], seen.shape[0])
+        spacing_hwd = tuple(mm * length / side for mm, length, side in
+                            zip(scan.spacing_hwd_mm, scan.stored.shape, sides, strict=True))
 
     def turned(array: NDArray[Any]) -> tuple[NDArray[Any], Sequence[float], bool]:
-        return _as_lps(array.transpose(1, 2, 0), spec.spacing_hwd_mm, orientation)
+        return _as_lps(array.transpose(1, 2, 0), spacing_hwd, scan.orientation)
 
-    (scan, spacing, known), (blocks, *_), (marked, *_) = turned(volume), turned(effect), turned(mark)
+    (voxels, spacing, known), (blocks, *_), (marked, *_) = turned(seen), turned(effect), turned(mark)
     at = np.argwhere(marked)[0]
     largest = float(np.abs(effect).max()) or 1.0
     low, high = spec.value_range
     pictures = []
     for plane in _PLANES:
-        length = scan.shape[plane.axis] // blocks.shape[plane.axis]
-        index = int(at[plane.axis]) * length + length // 2
-        grey = _grey(_upright(scan.take(index, plane.axis), plane), low, high)
-        share, outline = (_upright(one.take(at[plane.axis], plane.axis), plane) for one in (blocks / largest, marked))
-        size = [scan.shape[axis] * spacing[axis] for axis in plane.order]
+        length = voxels.shape[plane.axis] // blocks.shape[plane.axis]
+        grey = _grey(_upright(_slice(voxels, plane.axis, int(at[plane.axis]) * length + length // 2), plane), low, high)
+        share, outline = (_upright(_slice(one, plane.axis, int(at[plane.axis])), plane)
+                          for one in (blocks / largest, marked))
+        size = [voxels.shape[axis] * spacing[axis] for axis in plane.order]
         pictures.append(Picture(picture(_coloured(_sized(grey, size), share, outline)),
-                                f"{plane.name}, through the block with the largest effect", plane.edges(known)))
+                                f"{plane.title(known)}, through the block with the largest effect", plane.edges(known)))
     return pictures
+
+
+def _slice(array: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
+    """As ``take``, which would first copy the whole of an array that is not in C order."""
+    return array[(slice(None),) * axis + (index,)]
 
 
 def _as_lps(array: NDArray[Any], spacing: Sequence[float], orientation: str

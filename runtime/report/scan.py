@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import warnings
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from ..errors import InputError, suggestion
 from ..machine import machine
 from ..model import Model
 from ..occlusion import Occlusion, occlude
-from ..results import Scores
-from ..scan_files import sha256_scan
+from ..results import Prepared, Scores
+from ..scan_files import file_facts, sha256_scan
 from ..volume import ReadOptions, Volume, preprocess, read_scan
-from ..volume.options import in_mm
+from ..volume.options import AS_STORED, in_mm
 from .page import write_page
 from .pictures import block_row, scan_rows
 
@@ -29,7 +29,7 @@ _STRONGEST = 3
 class PageOptions:
     """What a page shows.
 
-    ``title``: None names the scan by its content, as a file's name may name the patient. ``classes``: as in
+    ``title``: None names the scan by its sha256, as a file's name may name the patient. ``classes``: as in
     ``Model.zero_shot``. ``explain``: those whose blocks are shown, empty for the three of the highest scores.
     ``most_blocks``: of the occlusion; None leaves it out. ``read_options``: as in ``Model.preprocess``.
     """
@@ -60,32 +60,30 @@ def write_scan_page(model: Model, path: Path, out: Path, options: PageOptions,
     for name in options.explain:
         if name not in known:
             raise InputError(f"explain: no class {name!r}{suggestion(name, known)}; the classes are {', '.join(known)}")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = _score(model, path, options)
-        volume = read_scan(path, spec, ReadOptions(**options.read_options))
-    told = list(dict.fromkeys(str(one.message) for one in caught))
-    for text in told:
-        warnings.warn(next(one.message for one in caught if str(one.message) == text), stacklevel=2)
+    facts, timings = file_facts(path), {}
+    start = time.perf_counter()
+    volume = read_scan(path, spec, ReadOptions(**options.read_options))
+    timings["read"] = (time.perf_counter() - start) * 1e3
+    prepared = model.prepare_volume(volume, "scan", timings)
+    result = _score(model, prepared, options)
     ranked = sorted(result.scores, key=lambda name: -result.scores[name])
     found, looked = None, None
     if options.most_blocks is not None:
-        prepared = model.prepare(path, **options.read_options)
         found = occlude(model, prepared, options.classes, options.most_blocks, on_block)
-        looked = _looked(model, volume, found, options.explain or ranked[:_SHOWN])
+        looked = _looked(model, volume, found, tuple(dict.fromkeys(options.explain)) or ranked[:_SHOWN])
     digest = sha256_scan(path)
+    if file_facts(path) != facts:
+        raise InputError(f"{path}: changed while its page was made; wait until it is written, then make it again")
     task = model.manifest.zero_shot
     write_page(
         out, "scan.html", title=options.title or f"Scan {digest[:12]}", trained=model.manifest.source.trained,
-        meaning=_meaning(model), prompted=task is not None,
+        meaning=_meaning(model), prompted=task is not None, known=volume.orientation != AS_STORED,
         scores=[{"name": name, "score": result.scores[name], "prompts": task.prompts(name) if task else ()}
                 for name in ranked],
-        slices=scan_rows(volume, spec.intensity == "window"), looked=looked,
-        # Messages begin with the path, which may name the patient.
-        warnings=[text.replace(str(path), "scan") for text in told],
+        slices=scan_rows(volume, spec.intensity == "window"), looked=looked, notes=volume.notes,
         reading=_reading(volume, digest, options.read_options), model=_model(model),
-        timings=[(phase, f"{ms:,.0f} ms") for phase, ms in result.timings_ms.items()])
-    return result, found
+        timings=[(phase, f"{ms:,.0f} ms") for phase, ms in {**timings, **result.timings_ms}.items()])
+    return replace(result, timings_ms={**timings, **result.timings_ms}), found
 
 
 def _class_names(model: Model, options: PageOptions) -> Sequence[str]:
@@ -95,12 +93,12 @@ def _class_names(model: Model, options: PageOptions) -> Sequence[str]:
     return task.classes if task is not None else ()
 
 
-def _score(model: Model, path: Path, options: PageOptions) -> Scores:
+def _score(model: Model, scan: Prepared, options: PageOptions) -> Scores:
     if model.manifest.zero_shot is None and model.manifest.detector is not None:
         if options.classes is not None:
             raise InputError("classes: this bundle is a detector with classes of its own; pass none")
-        return model.classify(path, **options.read_options)
-    return model.zero_shot(path, options.classes, **options.read_options)
+        return model.classify(scan)
+    return model.zero_shot(scan, options.classes)
 
 
 def _meaning(model: Model) -> str:
@@ -126,23 +124,26 @@ def _looked(model: Model, volume: Volume, found: Occlusion, names: Sequence[str]
         "block_mm": millimetres if spec.resampling == "to_spacing" else "equal size",
         "cell": None if found.cell_dhw is None else "{1} x {2} x {0}".format(*found.cell_dhw),
         "classes": [{"name": name, "score": float(found.scores[found.classes.index(name)]),
-                     "pictures": block_row(seen, volume.orientation, spec, found, name), "told": _told(found, name)}
+                     "pictures": block_row(seen, volume, spec, found, name), "told": _told(found, name)}
                     for name in names]}
 
 
 def _told(found: Occlusion, name: str) -> str:
-    effects = [effect for _, effect in found.strongest(name, _STRONGEST)]
+    effects = [effect for _, effect in found.strongest(name, _STRONGEST) if effect > 0]
     lowest = float(found.effect[..., found.classes.index(name)].min())
-    if effects[0] <= 0:
-        return "No block speaks for it: hiding any raises the score or leaves it as it is."
-    return (f"Without the block outlined in white the log-odds fall by {effects[0]:.3f}; without the next "
-            f"{', '.join(f'{effect:.3f}' for effect in effects[1:])}. Strongest against it: {lowest:.3f}.")
+    against = f" Strongest against it: {lowest:.3f}." if lowest < 0 else " No block speaks against it."
+    if not effects:
+        return f"No block speaks for it: hiding any raises the score or leaves it as it is.{against}"
+    others = f"; without the next {', '.join(f'{effect:.3f}' for effect in effects[1:])}" if effects[1:] else ""
+    return f"Without the block that speaks most for it the log-odds fall by {effects[0]:.3f}{others}.{against}"
 
 
 def _reading(volume: Volume, digest: str, read_options: Mapping[str, Any]) -> list[tuple[str, str]]:
     maps = ", then ".join(map(str, volume.scaling))
-    given = ", ".join(f"{name} {value}" for name, value in read_options.items() if name != "metadata")
-    return [("sha256 of the scan", digest), ("voxels (H x W x D)", " x ".join(map(str, volume.stored.shape))),
+    # Of a table its name, and of a series its UID, may lead to the patient.
+    hidden = {"metadata": "spacing, slope and intercept from a table", "series": "which series"}
+    given = ", ".join(hidden.get(name, f"{name} {value}") for name, value in read_options.items())
+    return [("sha256, as in stores", digest), ("voxels (H x W x D)", " x ".join(map(str, volume.stored.shape))),
             ("spacing (H x W x D)", in_mm(volume.spacing_hwd_mm)), ("orientation", volume.orientation),
             ("stored values", str(volume.stored.dtype)), ("to Hounsfield units", maps or "none"),
             ("done to it", "; ".join(volume.notes) or "nothing"),

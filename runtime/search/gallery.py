@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ..errors import DiskFull, InputError
-from ..files import atomic_folder
+from ..errors import InputError
+from ..files import atomic_folder, writing_error
 from ..scan_files import path_text
 from ..store.index import path_key
 from ..store.rows import Identity, schema
@@ -62,6 +62,8 @@ class Gallery:
     def entry(self, row: int) -> dict[str, Any]:
         """All that the store says of a scan but its embedding."""
         part, number = self._cell("part", row), self._cell("row", row)
+        if not isinstance(number, int) or number < 0 or not isinstance(self._cell("path", row), str):
+            raise _damaged(self.folder, f"row {number!r}")
         columns = [name for name in schema(self.identity).names if name != "embedding"]
         if part not in {path.name for path in parts(self.store)}:
             raise _damaged(self.folder, f"no part {part!r}")
@@ -161,7 +163,7 @@ def _write(new: Path, store: Path, identity: Identity) -> None:
                                              pa.array([part.name] * len(rows), pa.large_string()), pa.array(rows)],
                                             schema=_SCHEMA))
     except OSError as error:
-        raise DiskFull(f"{store / FOLDER}: cannot be written ({error.strerror or error}); free some space") from error
+        raise writing_error(store / FOLDER, error) from error
 
 
 def _last_rows(store: Path, identity: Identity) -> dict[Path, NDArray[np.int64]]:

@@ -22,8 +22,8 @@ import dacite
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import DcformerWarning, DiskFull, InputError
-from ..files import atomic_folder
+from ..errors import DcformerWarning, InputError
+from ..files import atomic_folder, writing_error
 from .index import Index
 from .rows import Entry, Identity, schema, table
 
@@ -128,8 +128,7 @@ class Store:
             _sync_folder(self.folder)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise DiskFull(f"{path}: cannot be written ({error.strerror or error}); free some space, then start "
-                             "again: what is finished is kept") from error
+            raise writing_error(path, error, ", then start again: what is finished is kept") from error
         self.index.add(self._next, ((entry.path, entry.bytes, entry.changed_ns, entry.sha256, entry.error is not None,
                                      entry.table) for entry in self._waiting))
         self._waiting, self._since, self._next = [], time.monotonic(), self._next + 1
@@ -139,15 +138,14 @@ class Store:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        whole = False
         try:
             self.flush()
-        except BaseException:
-            self._remove_if_empty()
-            raise
+            whole = kind is None
         finally:
+            if not whole:
+                self._remove_if_empty()  # before the lock is given up: someone else may begin a store here then
             os.close(self._lock)
-        if kind is not None:
-            self._remove_if_empty()
 
     def _remove_if_empty(self) -> None:
         """A store that this program began, and nothing came of."""

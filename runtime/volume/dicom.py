@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import io
 import lzma
+import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from numpy.typing import NDArray
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels.utils import pixel_array
 
-from ..errors import InputError, one_line
+from ..errors import DcformerWarning, InputError, one_line
+from ..scan_files import file_facts
 from .dicom_geometry import Placed, arrange
 from .geometry import reorient
 from .hounsfield import check_voxels
@@ -89,6 +92,7 @@ def read_dicom(path: str | Path, target_orientation: str, options: ReadOptions, 
         raise InputError(f"orientation: {options.orientation!r}; expected {target_orientation!r} or {AS_STORED!r}")
     if options.metadata is not None:
         raise InputError(f"{path}: DICOM says itself how it was taken; drop --metadata")
+    before = file_facts(path)
     headers = _choose_series(path, _read_headers(path), options.series)
     rows, columns, spacing_yx = _common_plane(path, headers)
     if len(headers) * rows * columns > MAX_VOXELS:
@@ -110,9 +114,13 @@ def read_dicom(path: str | Path, target_orientation: str, options: ReadOptions, 
         stored, spacing = reorient(path, _LPS_TO_RAS @ grid.affine, stored, spacing, target_orientation)
     own = LinearMap(1.0 if options.slope is None else options.slope,
                     0.0 if options.intercept is None else options.intercept)
+    if file_facts(path) != before:
+        raise InputError(f"{path}: changed while it was read; wait until it is written, then read it again")
+    for note in grid.notes:
+        warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=3)
     volume = Volume(path.name, stored, (scaling, own), spacing, orientation, grid.notes)
-    check_voxels(path, volume, needs_hounsfield, options.slope is not None and options.intercept is not None)
-    return volume
+    doubt = check_voxels(path, volume, needs_hounsfield, options.slope is not None and options.intercept is not None)
+    return volume if doubt is None else replace(volume, notes=(*grid.notes, doubt))
 
 
 # ------------------------------------------------------------------ files
@@ -145,7 +153,8 @@ def _files(path: Path) -> Iterator[_File]:
 
 def _leads_out(name: str) -> bool:
     """Absolute, with a drive, or upwards; by the rules of any system."""
-    return name.startswith(("/", "\\")) or ":" in name.split("/")[0] or ".." in name.replace("\\", "/").split("/")
+    plain = name.replace("\\", "/")
+    return plain.startswith("/") or re.match("[A-Za-z]:", plain) is not None or ".." in plain.split("/")
 
 
 def _member(path: Path, info: zipfile.ZipInfo) -> bytes:
@@ -208,7 +217,8 @@ def _choose_series(path: Path, headers: Sequence[_Header], wanted: str | None) -
 def _problem(group: Sequence[_Header]) -> str | None:
     """Why a series is no axial CT; None if it is one."""
     first = group[0]
-    if first.text("SOPClassUID") == _ENHANCED_CT_STORAGE or str(first.value("NumberOfFrames") or 1) != "1":
+    frames = first.value("NumberOfFrames") or 1
+    if first.text("SOPClassUID") == _ENHANCED_CT_STORAGE or not isinstance(frames, int) or frames != 1:
         return "a multi-frame image; convert it to one file per slice"
     for header in group:
         if header.text("Modality") != "CT" or header.text("SOPClassUID") not in ("", _CT_STORAGE):

@@ -50,19 +50,22 @@ class _Values:
     padding_share: float
 
 
-def check_voxels(path: Path, volume: Volume, needs_hounsfield: bool, explicit: bool) -> None:
+def check_voxels(path: Path, volume: Volume, needs_hounsfield: bool, explicit: bool) -> str | None:
     """Refuse voxels that are not finite or cannot be Hounsfield units; a constant volume passes.
 
     Args:
         needs_hounsfield: false to refuse only those that are not finite.
         explicit: the caller gave slope and intercept, so a doubt is a warning and no refusal.
 
+    Returns:
+        The doubt; None without one.
+
     Raises:
         InputError: NaN, infinity, or values that no CT of a chest has.
     """
     found = _measure(path, volume)
     if not needs_hounsfield or found.lowest_hu == found.highest_hu:
-        return
+        return None
     span = f"the values go from {found.lowest_hu:g} to {found.highest_hu:g}"
     if found.highest_hu > HIGHEST_HU:
         problem = f"{span}, more than a CT can hold"
@@ -76,11 +79,11 @@ def check_voxels(path: Path, volume: Volume, needs_hounsfield: bool, explicit: b
         problem = (f"{span} and hardly any lies in the range of air and lung, which every chest CT shows: the rescale "
                    "slope and intercept were probably not applied")
     else:
-        return
+        return None
     if explicit:
-        warnings.warn(f"{path}: {problem}; used all the same, as slope and intercept were given", HounsfieldWarning,
-                      stacklevel=4)
-        return
+        doubt = f"{problem}; used all the same, as slope and intercept were given"
+        warnings.warn(f"{path}: {doubt}", HounsfieldWarning, stacklevel=4)
+        return doubt
     raise InputError(f"{path}: not Hounsfield units: {problem}. Pass --slope and --intercept "
                      "(1 and 0 if the file is right as it is)")
 

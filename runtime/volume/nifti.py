@@ -8,7 +8,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import require_file
-from ..scan_files import file_facts
 from .geometry import LPS_AFFINE, Geometry, choose_spacing, reorient
 from .hounsfield import check_voxels
 from .metadata import VolumeMetadata, read_metadata
@@ -42,6 +41,7 @@ _GZIP_ERRORS: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error,
                                              cast("type[Exception]", igzip_lib.IsalError))
 
 
+_BLANK = "the header is blank: its axes are taken to point to the left, the back and upwards, as CT-RATE's do"
 #: What nibabel raises of damaged headers.
 _HEADER_ERRORS = (ImageFileError, HeaderDataError, WrapStructError, ValueError, OverflowError)
 
@@ -75,18 +75,21 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
     if options.orientation not in (None, AS_STORED, target_orientation):
         raise InputError(f"orientation: {options.orientation!r}; expected {target_orientation!r} (reorient by the "
                          f"header) or {AS_STORED!r}")
+    before = _identity(path)
     header = _read_header(path)
     shape = _check_layout(path, header)
     metadata = read_metadata(options.metadata, path.name) if options.metadata is not None else None
     spacing = choose_spacing(path, header.geometry, options, metadata, needs_spacing)
-    stored = _read_voxels(path, header, shape)
+    stored = _read_voxels(path, header, shape, before)
     orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
     if orientation != AS_STORED:
         affine = LPS_AFFINE if header.geometry.is_blank else header.geometry.affine
         stored, spacing = reorient(path, affine, stored, spacing, target_orientation)
-    volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation)
-    check_voxels(path, volume, needs_hounsfield, explicit=options.slope is not None and options.intercept is not None)
-    return volume
+    notes = (_BLANK,) if header.geometry.is_blank and orientation != AS_STORED else ()
+    volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation, notes)
+    doubt = check_voxels(path, volume, needs_hounsfield,
+                         explicit=options.slope is not None and options.intercept is not None)
+    return volume if doubt is None else replace(volume, notes=(*notes, doubt))
 
 
 def _read_header(path: Path) -> _Header:
@@ -147,14 +150,14 @@ def _rescale(options: ReadOptions, metadata: VolumeMetadata | None) -> LinearMap
     return LinearMap(slope, intercept)
 
 
-def _read_voxels(path: Path, header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:
+def _read_voxels(path: Path, header: _Header, shape: tuple[int, int, int], before: object) -> NDArray[Any]:
     """The stored voxels ``[x, y, z]``.
 
     Read, not mapped: all are looked at once anyway, and a mapped file that someone cuts off meanwhile ends the process.
     """
     size = math.prod(shape) * header.dtype.itemsize
-    before = file_facts(path)
     if not _is_gzip(path) and (actual := path.stat().st_size) < header.offset + size:
+        _require_unchanged(path, before)
         raise InputError(f"{path}: truncated: {actual:,} bytes, the header needs {header.offset + size:,}")
     buffer = np.empty(size, np.uint8)
     try:
@@ -174,8 +177,17 @@ def _read_voxels(path: Path, header: _Header, shape: tuple[int, int, int]) -> ND
     return buffer.view(header.dtype).reshape(shape, order="F")
 
 
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Another one, another file or content; None where there is none, which reading it will tell."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _require_unchanged(path: Path, before: object) -> None:
-    if file_facts(path) != before:
+    if _identity(path) != before:
         raise InputError(f"{path}: changed while it was read; wait until it is written, then read it again")
 
 

@@ -13,6 +13,7 @@ from ..errors import InputError
 from .types import Spacing
 
 AS_STORED = "as-stored"
+_LARGEST_MM = 1000.0
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def expand_spacing(spacing: Sequence[float]) -> Spacing:
 
 
 def require_spacing(where: str, spacing: Spacing, remedy: str) -> None:
-    """Raise InputError unless all three are finite and positive."""
-    if not all(math.isfinite(mm) and mm > 0 for mm in spacing):
-        raise InputError(f"{where} is {in_mm(spacing)}; expected positive numbers; {remedy}")
+    """Raise InputError unless all three are positive, and those of a scan."""
+    if not all(0 < mm <= _LARGEST_MM for mm in spacing):
+        raise InputError(f"{where} is {in_mm(spacing)}; expected positive numbers up to {_LARGEST_MM:g}; {remedy}")
 
 
 def in_mm(spacing: Sequence[float]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DcformerWarning, InputError
+from ..errors import InputError
 from ..manifest import Preprocessing, TensorInfo
 from .dicom_source import is_dicom_source
 from .lines import scan_feeds
@@ -30,10 +29,7 @@ def read_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_I
     if is_dicom_source(path):
         from .dicom import read_dicom  # an extra
 
-        volume = read_dicom(path, spec.orientation, options, spec.intensity == "window")
-        for note in volume.notes:
-            warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=2)
-        return volume
+        return read_dicom(path, spec.orientation, options, spec.intensity == "window")
     if options.series is not None:
         raise InputError(f"{path}: --series chooses among DICOM series; this is none")
     return read_nifti(path, spec.orientation, options, needs_hounsfield=spec.intensity == "window",

@@ -29,7 +29,7 @@ LARGEST_S = 20.0
 LARGEST_BYTES = 1536 << 20
 _UNEXPECTED, _POLL_S = 70, 0.005
 #: What the program may say beside results and its one error.
-_LINES = re.compile(r"(error|warning|backend|note): .+|.*: \d+ (embeddings|scans?|rows?)\b.*|Usage: .*|  .*")
+_LINES = re.compile(r"(error|warning|backend): .+|.*: \d+ embeddings of \d+.*")
 _LONGEST_LINE = 2100
 
 
@@ -169,9 +169,12 @@ def _said(code: int, errors: str) -> str | None:
         return f"printed {strange[:150]!r}"
     if long := next((line for line in lines if len(line) > _LONGEST_LINE), None):
         return f"a line of {len(long)} characters"
-    if code and not (lines and any(line.startswith("error: ") for line in lines)):
+    told = sum(line.startswith("error: ") for line in lines)
+    if code and not told:
         return f"exit code {code} without an error"
-    if not code and any(line.startswith("error: ") for line in lines):
+    if told > 1:
+        return f"{told} errors of one scan"
+    if told and not code:
         return "an error and exit code 0"
     return None
 

@@ -71,6 +71,9 @@ _TAGS = (
 
 def _score(seeds: Seeds, random: Random, scan: str, more: Sequence[str] = ()) -> Case:
     """One of the commands that take a scan."""
+    if random.random() < 0.1:
+        words = ["report", str(seeds.bundle), scan, "--out", "r.html", "--blocks", "8", "--json", *more]
+        return Case(words, outputs=("r.html",))
     if random.random() < 0.7:
         return Case(["zeroshot", str(seeds.bundle), scan, "--json", *more])
     return Case(["embed", str(seeds.bundle), scan, "--out", "e.npz", *more], outputs=("e.npz",))

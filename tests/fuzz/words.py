@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -20,6 +21,7 @@ _QUICK = (
     "embed",
     "embed-text",
     "zeroshot",
+    "report",
     "classify",
     "search",
     "index",
@@ -38,12 +40,13 @@ _VALUES = (
     "3",
     "nan",
     "inf",
+    "1e308",
     "-inf",
     "1e400",
     "99999999999999999999",
     "x",
     "--",
-    "../x",
+    "./x",
     "/dev/null",
     "/dev/zero",
     "/proc/self/mem",
@@ -76,10 +79,12 @@ def options(random: Random, seeds: Seeds, folder: Path) -> Case:
     """Any options of a command, with any value."""
     name = random.choice(_QUICK)
     command: click.Command = importlib.import_module(f"dcformer_deploy.runtime.cli.{COMMANDS[name][0]}").command
+    shutil.copytree(seeds.store, folder / "s")  # some commands write into it
     good = {
         "bundle": str(seeds.bundle),
-        "store": str(seeds.store),
+        "store": "s",
         "scans": str(seeds.nifti),
+        "scan": str(seeds.nifti),
         "inputs": str(seeds.nifti),
         "texts": "Effusion.",
         "queries": "Effusion.",
@@ -98,7 +103,7 @@ def options(random: Random, seeds: Seeds, folder: Path) -> Case:
                 words += [_value(random, parameter) for _ in range(parameter.nargs)]
     if random.random() < 0.05:
         words.append(random.choice(("--nothing", "-", "-x")))
-    new = ("out", "e.npz", "store2")
+    new = ("out", "e.npz", "r.html", "s")
     return Case([name, *words], outputs=(*new, *_VALUES), kept=new)
 
 
@@ -106,5 +111,5 @@ def _value(random: Random, option: click.Option) -> str:
     if isinstance(option.type, click.Choice) and random.random() < 0.7:
         return str(random.choice(list(option.type.choices)))
     if option.name == "out" and random.random() < 0.7:
-        return random.choice(("out", "e.npz"))
+        return random.choice(("out", "e.npz", "r.html"))
     return random.choice(_VALUES)

@@ -263,12 +263,30 @@ def test_zips_that_are_none(tmp_path: Path, hounsfield: np.ndarray):
         _read(tmp_path / "c.zip")
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "C:/x", "..\\x", "\\\\host\\x"])
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "C:/x", "c:x", "..\\x", "\\\\host\\x"])
 def test_zips_that_lead_out(tmp_path: Path, name: str):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(name, "nothing")
     with pytest.raises(InputError, match="would lie outside"):
         _read(tmp_path / "a.zip")
+
+
+def test_names_of_a_zip_that_only_look_odd(series: Path, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in series.iterdir():
+            archive.write(file, f"Study 12:30/..{file.name}..")
+    with pytest.raises(InputError, match="no DICOM image in it .0 other files"):  # hidden: their names begin with a dot
+        _read(tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for file in series.iterdir():
+            archive.write(file, f"Study 12:30/{file.name}")
+    np.testing.assert_array_equal(_read(tmp_path / "b.zip").stored, _read(series).stored)
+
+
+@pytest.mark.parametrize("text", ["1", "01", "+1"])
+def test_one_frame_however_it_is_written(hounsfield: np.ndarray, tmp_path: Path, text: str):
+    write_series(tmp_path / "s", hounsfield, change=lambda index, dataset: setattr(dataset, "NumberOfFrames", text))
+    assert _read(tmp_path / "s").stored.shape == hounsfield.shape
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])

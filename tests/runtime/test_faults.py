@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_other_errors_of_the_block_are_not_full_disks(tmp_path: Path):
 
 
 def test_ctrl_c_at_any_time(pristine_bundle: Path, scan: Path, tmp_path: Path):
-    """From the first instructions of the interpreter to the end."""
+    """From the imports of the program to the end; before, the interpreter itself would tell."""
     ends = set()
     for step in range(7):
         folder = tmp_path / str(step)
@@ -89,7 +90,7 @@ def test_ctrl_c_at_any_time(pristine_bundle: Path, scan: Path, tmp_path: Path):
         words = ["report", str(pristine_bundle), str(scan), "--out", "r.html"]
         running = subprocess.Popen([*PROGRAM, *words], cwd=folder, env=_environment(folder), stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)
-        time.sleep(0.1 + 0.5 * step)
+        time.sleep(0.7 + 0.4 * step)
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
         ends.add(running.returncode)
@@ -104,12 +105,25 @@ def test_ctrl_c_at_any_time(pristine_bundle: Path, scan: Path, tmp_path: Path):
     assert 130 in ends
 
 
+def test_ctrl_c_for_others(pristine_bundle: Path, scan: Path, tmp_path: Path):
+    """A shell starts jobs in the background with SIGINT ignored; it stays so."""
+    words = [*PROGRAM, "report", str(pristine_bundle), str(scan), "--out", "r.html", "--blocks", "32"]
+    running = subprocess.Popen(words, cwd=tmp_path, env=_environment(tmp_path), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    while running.poll() is None:
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    assert running.returncode == 0
+    assert _left(tmp_path) == ["r.html"]
+
+
 def test_a_scan_that_changes_while_it_is_read(model: Model, scan: Path, hounsfield: np.ndarray, tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch):
     fill = nifti._fill
     for name, change in (("a.nii", lambda path: os.truncate(path, 4000)),
                          ("b.nii", lambda path: os.utime(path, (9, 9))),
-                         ("c.nii.gz", lambda path: path.write_bytes(scan.read_bytes()[:-9]))):
+                         ("c.nii.gz", lambda path: path.write_bytes(scan.read_bytes()[:-9])),
+                         ("d.nii", lambda path: shutil.copy(path, path.with_name("new")).replace(path))):
         path = write(tmp_path / name, hounsfield)
 
         def change_then_fill(*arguments, path: Path = path, change=change):

@@ -207,7 +207,6 @@ def test_tokens_that_the_text_tower_does_not_have(model: Model, ids: int, length
 
 @pytest.mark.parametrize("call", [
     lambda model, ct: model.embed_image(ct), lambda model, ct: model.zero_shot(ct),
-    lambda model, ct: model.embed_batch([model.prepare(ct)] * 2),
     lambda model, ct: model.image_outputs(model.preprocess(ct)[None])])
 def test_outputs_that_are_not_finite(pristine_bundle: Path, ct: Path, monkeypatch: pytest.MonkeyPatch, call):
     model = load(pristine_bundle)

@@ -398,3 +398,20 @@ def test_overflowing_file_scaling(hounsfield: np.ndarray, tmp_path: Path):
     path = write(tmp_path / "a.nii", hounsfield.astype(np.float64) * 1e300)
     edit_header(path, scl_slope=struct.unpack("f", struct.pack("f", 1e38))[0], scl_inter=0.0)
     refuse(path, "scaling overflows|more than a CT|lighter than air")
+
+
+@pytest.mark.parametrize("spacing", [(1e308, 1e308, 1e308), (1, 1, 1001), (1, 1, float("nan"))])
+def test_spacings_of_no_scan(spacing, hounsfield: np.ndarray, tmp_path: Path):
+    write(tmp_path / "a.nii", hounsfield)
+    with pytest.raises(InputError, match="expected positive numbers up to 1000"):
+        read_nifti(tmp_path / "a.nii", options=ReadOptions(spacing=spacing))
+
+
+def test_a_blank_header_is_noted(hounsfield: np.ndarray, tmp_path: Path):
+    write(tmp_path / "a.nii", hounsfield, np.eye(4))
+    (note,) = read_nifti(tmp_path / "a.nii", options=ReadOptions(spacing=(1, 1, 2))).notes
+    assert note.startswith("the header is blank")
+    as_stored = ReadOptions(spacing=(1, 1, 2), orientation="as-stored")
+    assert read_nifti(tmp_path / "a.nii", options=as_stored).notes == ()
+    write(tmp_path / "b.nii", hounsfield)
+    assert read_nifti(tmp_path / "b.nii").notes == ()

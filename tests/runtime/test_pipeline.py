@@ -65,6 +65,33 @@ def test_rows_are_the_answers_of_one_scan_at_a_time(pristine_bundle: Path, folde
     assert json.loads(table.schema.metadata[b"dcformer"])["manifest_sha256"] == model.manifest.digest
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_scan_whose_embedding_is_not_finite_is_a_row(model: Model, folder: Path, tmp_path: Path, together: bool,
+                                                       monkeypatch: pytest.MonkeyPatch):
+    """It neither ends the run nor takes those along that share its batch."""
+    bad = model.prepare(folder / "c.nii").feeds
+    graph = model._graph("image")
+    run = graph.run
+
+    def overflow(feeds, names):
+        arrays = run(feeds, names)
+        for index in range(len(arrays[0])):
+            if all(np.array_equal(feeds[name][index], bad[name][0]) for name in bad):
+                arrays[0][index] = np.nan
+        return arrays
+
+    monkeypatch.setattr(graph, "run", overflow)
+    identity = Identity(model.manifest.digest, "nano", "fp32", 512, model.manifest.zero_shot.classes, {})
+    items = [Item(path) for path in sorted(folder.iterdir())[:4]]
+    with Store(tmp_path / "s", identity) as store:
+        settings = Settings(2, 1, together=True) if together else Settings(1, 1, 4, 8)
+        report = EmbeddingJob(store).run(model, settings, items)
+    assert (report.embedded, report.failed) == (3, 1)
+    rows = {Path(row["path"]).name: row["error"] for row in read_store(tmp_path / "s").to_pylist()}
+    assert {name for name, error in rows.items() if error} == {"c.nii"}
+    assert "finite" in rows["c.nii"]
+
+
 def test_again_only_what_is_new_or_changed(pristine_bundle: Path, folder: Path, tmp_path: Path, capsys):
     arguments = (pristine_bundle, folder, "--out", tmp_path / "s", "--readers", 1)
     assert _counts(_run(capsys, 2, *arguments))[2:] == (1, 0)

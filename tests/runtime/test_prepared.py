@@ -158,8 +158,8 @@ def test_a_full_disk_ends_it(pristine_bundle: Path, scans: Path, tmp_path: Path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(preparing, "write_prepared", full)
-    assert main(["prepare", str(pristine_bundle), str(scans), "--out", str(tmp_path / "out"), "--readers", "1"]) == 2
-    assert capsys.readouterr().err.count("no space left") == 1
+    assert main(["prepare", str(pristine_bundle), str(scans), "--out", str(tmp_path / "out"), "--readers", "1"]) == 3
+    assert capsys.readouterr().err.count("No space left") == 1
 
 
 def test_prepared_for_something_else(pristine_bundle: Path, prepared: Path):

@@ -19,6 +19,7 @@ from dcformer_deploy.runtime.report.pictures import WINDOWS, scan_rows
 from dcformer_deploy.runtime.report.scan import PageOptions, write_scan_page
 from dcformer_deploy.runtime.volume import Volume
 from dcformer_deploy.runtime.volume.types import LinearMap
+from scans import write
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_in_a_browser(page: Path, model: Model, ct: Path, tmp_path: Path):
 def test_it_holds_all_that_it_shows(page: Path):
     text = page.read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=\"(?!data:image/png;base64,)", text)
-    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert "http" not in re.sub(r"http-equiv|base64,[^\"]*", "", text)
     assert "<script" not in text
     assert len(text) < 3 << 20
 
@@ -75,7 +76,7 @@ def test_json(pristine_bundle: Path, ct: Path, model: Model, tmp_path: Path, cap
     assert main(["report", str(pristine_bundle), str(ct), "--out", str(out), "--blocks", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["scores"] == model.zero_shot(ct).scores
-    assert found["blocks_dhw"] == [1, 2, 2]
+    assert found["blocks_dhw"] == [2, 2, 2]
     assert set(found["largest_effects"]) == set(found["scores"])
     assert main(["report", str(pristine_bundle), str(ct), "--out", str(out), "--no-occlusion", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["largest_effects"] is None
@@ -118,14 +119,15 @@ def test_slices_are_shown_upright(hounsfield: np.ndarray):
     assert pictures[0].edges == ("", "", "", "")
 
 
-def _quarters(source: str) -> tuple[int, ...]:
+def _quarters(source: str, channel: int | None = None) -> tuple[int, ...]:
     """Whether the upper left, upper right, lower left, lower right quarter of a picture is bright."""
     import base64
     import io
 
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))))
+    pixels = pixels if channel is None else pixels[..., channel]
     rows, columns = pixels.shape[0] // 2, pixels.shape[1] // 2
-    return tuple(int(part.mean() > 128) for part in (
+    return tuple(int(part.mean() > (128 if channel is None else 60)) for part in (
         pixels[:rows, :columns], pixels[:rows, columns:], pixels[rows:, :columns], pixels[rows:, columns:]))
 
 
@@ -136,6 +138,7 @@ def test_refused(pristine_bundle: Path, ct: Path, tmp_path: Path, capsys: pytest
         (["--out", out, "--explain", "Lung nodul"], "no class 'Lung nodul'; did you mean 'Lung nodule'?"),
         (["--out", str(tmp_path)], "expected a name ending in .html"),
         (["--out", out, "--blocks", "3"], "3 is not in the range"),
+        (["--out", out, "--no-occlusion", "--explain", "Lung nodule"], "--no-occlusion leaves out; drop one"),
         (["--out", "/proc/x/r.html"], "cannot write here"),
     ):
         assert main(["report", str(pristine_bundle), str(ct), *words]) == 2
@@ -187,3 +190,80 @@ def test_untrained_weights_are_told(model: Model, pristine_bundle: Path, ct: Pat
     monkeypatch.setitem(loaded.manifest.__dict__, "source", untrained)
     write_scan_page(loaded, ct, tmp_path / "r.html", PageOptions(most_blocks=None))
     assert "The weights of this bundle are random: its scores mean nothing" in (tmp_path / "r.html").read_text()
+
+
+def test_what_is_not_known_is_not_claimed(pristine_bundle: Path, ct: Path, hounsfield: np.ndarray, tmp_path: Path):
+    out = tmp_path / "r.html"
+    assert main(["report", str(pristine_bundle), str(ct), "--out", str(out), "--blocks", "8", "--orientation",
+                 "as-stored"]) == 0
+    text = out.read_text()
+    assert "which way they lie is not known" in text
+    assert "right on the left" not in text
+    assert "axial" not in text
+    blank = write(tmp_path / "DOE.nii", hounsfield, np.eye(4))
+    table = tmp_path / "JANE.csv"
+    table.write_text("VolumeName,XYSpacing,ZSpacing,RescaleSlope,RescaleIntercept\nDOE.nii,\"[0.9, 0.9]\",1.5,1,0\n")
+    assert main(["report", str(pristine_bundle), str(blank), "--out", str(out), "--no-occlusion", "--metadata",
+                 str(table)]) == 0
+    text = re.sub(r"base64,[^\"]*", "", out.read_text())
+    assert "the header is blank: its axes are taken to point to the left" in text
+    assert "spacing, slope and intercept from a table" in text
+    assert "JANE" not in text and "DOE" not in text
+
+
+def test_pages_at_once_do_not_mix(model: Model, hounsfield: np.ndarray, tmp_path: Path):
+    """Each tells what was done to its own scan, and nothing of libraries' warnings, whoever else is at work."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    places = {}
+    for name, gap in (("DOE", 5), ("ROE", 9)):
+        positions = [-400 + 1.7 * k + (gap if k > 20 else 0) for k in range(hounsfield.shape[2])]
+        write_series(tmp_path / name, hounsfield, positions=positions, uid="1.2.840.JANE")
+        places[name] = f"first {1.7 + gap:.2f} mm"
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
+        warnings.simplefilter("ignore")
+        for name in list(places) * 3:
+            pool.submit(write_scan_page, model, tmp_path / name, tmp_path / f"{name}.html", PageOptions(
+                most_blocks=None, read_options={"resample_irregular": True})).result()
+    for name, told in places.items():
+        text = re.sub(r"base64,[^\"]*", "", (tmp_path / f"{name}.html").read_text())
+        assert told in text
+        assert not any(word in text for word in ("DOE", "ROE", "JANE"))
+
+
+def test_a_scan_that_changes_meanwhile(model: Model, ct: Path, tmp_path: Path):
+    path = tmp_path / "s.nii.gz"
+    path.write_bytes(ct.read_bytes())
+
+    def replace(done: int, of: int) -> None:
+        path.write_bytes(ct.read_bytes())
+
+    with pytest.raises(InputError, match="changed while its page was made"):
+        write_scan_page(model, path, tmp_path / "r.html", PageOptions(most_blocks=8), replace)
+    assert [one.name for one in tmp_path.iterdir()] == ["s.nii.gz"]
+
+
+def test_colours_lie_where_the_blocks_are(model: Model):
+    """For every orientation: the block that speaks for a class is orange, in the quarter where it is."""
+    from dcformer_deploy.runtime.occlusion import Occlusion
+    from dcformer_deploy.runtime.report.pictures import block_row
+
+    spec = model.manifest.preprocessing
+    for orientation, place in (("LPS", (1, 0, 0)), ("RAS", (1, 1, 1)), ("LPI", (0, 0, 0))):  # right, front, head
+        effect = np.zeros((2, 2, 2, 1), np.float32)
+        effect[place] = 2.0
+        found = Occlusion(("a",), np.ones(1, np.float32), effect, (32, 64, 64), None, 9)
+        volume = Volume("v", np.zeros((4, 4, 4), np.int16), (LinearMap(),), (1.0, 1.0, 1.0), orientation)
+        seen = np.full(spec.shape_dhw, spec.value_range[0], np.float32)
+        for picture in block_row(seen, volume, spec, found, "a"):
+            assert _quarters(picture.source, channel=0) == (1, 0, 0, 0), (orientation, picture.caption)
+
+
+def test_no_block_speaks_for_it():
+    from dcformer_deploy.runtime.occlusion import Occlusion
+    from dcformer_deploy.runtime.report.scan import _told
+
+    effect = np.full((2, 2, 2, 1), -0.5, np.float32)
+    told = _told(Occlusion(("a",), np.ones(1, np.float32), effect, (32, 64, 64), None, 9), "a")
+    assert told == ("No block speaks for it: hiding any raises the score or leaves it as it is. "
+                    "Strongest against it: -0.500.")
