@@ -51,6 +51,7 @@ def test_time_is_between_the_events_of_the_stream(library: FakeTensorRt, monkeyp
     assert clock.time_ms(work, 4) == pytest.approx(7)
 
 
+@pytest.mark.thorough
 def test_race(built: Path, library: FakeTensorRt):
     bundle = open_bundle(built)
     names = names_of(bundle)

@@ -72,7 +72,7 @@ def test_command(pristine_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"<td class=\"number\">{report['contenders'][1]['median_ms']:.0f}</td>" in page and "<td>torch</td>" in page
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_everyone_computes_the_same(pristine_bundle: Path, checkpoint: Path, tmp_path: Path):
     exact = [name for name in NAMES if not name.endswith(("bf16", "int8"))]
     entrants = choose_entrants(exact, Field(pristine_bundle, checkpoint, 2), tmp_path)

@@ -33,6 +33,7 @@ def state_dict() -> dict[str, torch.Tensor]:
     return {key: torch.from_numpy(np.asarray(value)) for key, value in tensors.items()}
 
 
+@pytest.mark.thorough
 def test_golden_outputs_through_onnx_runtime(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path,
                                              tmp_path: Path):
     torch.save(state_dict, tmp_path / "ctclip.pt")

@@ -98,7 +98,7 @@ def test_a_worker_is_killed_in_the_middle(pristine_bundle: Path, scans: Path, tm
     assert (report["embedded"], report["copied"], report["skipped"]) == (0, 2, 59)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_scan_that_ends_every_worker_is_left_out(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
     """Whoever has it open is killed. The others of its task are embedded all the same."""
     deadly = tmp_path / "deadly.nii.gz"
