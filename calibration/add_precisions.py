@@ -239,8 +239,8 @@ def _int8_for(bundle: Bundle, form: Graph, limits: Mapping[str, float], choice: 
     def keep(layer: Layer) -> bool:
         return choice.stays_float(layer) or reads_stacked_planes(layer)
 
-    keep, decided = choice.decide(proto, limits, stopwatch, keep)
-    fast = weights.quantize(proto, limits, keep).proto
+    stays_float, decided = choice.decide(proto, limits, stopwatch, keep)
+    fast = weights.quantize(proto, limits, stays_float).proto
     if not stopwatch.compare(general, fast).is_faster:
         return None, ()
     graph = _save(fast, folder, "image", "int8", form.target, file)

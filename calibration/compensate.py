@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -89,8 +90,9 @@ class Correlations:
     def save(self, path: Path) -> None:
         """Write what was seen, whole or not at all."""
         with atomic_file(path) as temporary, temporary.open("wb") as file:
-            arrays = {f"moments/{name}": group.moments for name, group in self.groups.items()}
-            np.savez(file, **arrays, **{f"count/{name}": np.array(g.count) for name, g in self.groups.items()})
+            arrays: dict[str, Any] = {f"moments/{name}": group.moments for name, group in self.groups.items()}
+            arrays |= {f"count/{name}": np.array(group.count) for name, group in self.groups.items()}
+            np.savez(file, **arrays)
 
     def read(self, path: Path) -> dict[str, tuple[NDArray[np.float64], int]]:
         """What ``save`` wrote for the same graph, for ``take``.
@@ -194,7 +196,7 @@ def _inputs(layers: Sequence[Layer], values: NDArray[np.float32], rng: np.random
         dilations = layer.node.attributes.get_ints("dilations", [1] * len(sides))
         for tap in np.ndindex(*kernel):
             at = places + np.array(tap) * dilations - np.array(pads)
-            inside = ((at >= 0) & (at < sides)).all(axis=1)
+            inside = np.asarray(((at >= 0) & (at < sides)).all(axis=1))
             read = values[0][(slice(None), *np.clip(at, 0, sides - 1).T)].T
             columns.append(read * inside[:, None])
     return np.stack(columns, axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -98,7 +99,7 @@ def _read_as_half(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
     value.type.tensor_type.elem_type = TensorProto.FLOAT16
 
 
-def _convert(proto: onnx.ModelProto, overflow: Mapping[str, float], inputs_too: bool) -> Half:
+def _convert(proto: onnx.ModelProto, overflow: dict[str, float], inputs_too: bool) -> Half:
     # Here, because the converter is no part of the API that onnxruntime promises, and nothing else needs it.
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -113,8 +114,9 @@ def _convert(proto: onnx.ModelProto, overflow: Mapping[str, float], inputs_too: 
         kept += [value.name for value in named.graph.input]
         for node in _first_layers(model.graph):
             reasons.setdefault(str(node.name), "the first layer, which reads voxels")
+    names: Any = kept  # the library's annotation forgets that it takes a list
     converted = convert_float_to_float16(
-        named, keep_io_types=kept, op_block_list=[], node_block_list=list(reasons), disable_shape_infer=False)
+        named, keep_io_types=names, op_block_list=[], node_block_list=list(reasons), disable_shape_infer=False)
     found = ir.from_proto(converted)
     _remove_roundings(found)
     passes.RemoveUnusedNodesPass()(found)
