@@ -63,6 +63,13 @@ def test_commands_have_the_options_that_documents_name():
     assert seen > 60
 
 
+def test_every_command_has_json():
+    """But for the one whose output a shell reads."""
+    for name, (module, _) in COMMANDS.items():
+        command = importlib.import_module(f"dcformer_deploy.runtime.cli.{module}").command
+        assert name == "completion" or any("--json" in parameter.opts for parameter in command.params), name
+
+
 def test_targets_of_make_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"`make ([a-z-]+)`", document.read_text(encoding="utf-8")):

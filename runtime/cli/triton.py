@@ -12,7 +12,8 @@ from ..backends.base import BACKENDS, DEVICES
 from ..bundle import open_bundle
 from ..errors import InputError
 from ..manifest import PRECISIONS
-from .options import bundle_argument
+from .options import bundle_argument, json_option
+from .output import print_json
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 #: Triton's names of its back ends.
@@ -40,8 +41,10 @@ _TOWERS = ("onnxruntime", "tensorrt", "python")
 @click.option("--delay", type=click.IntRange(0, 10_000_000), default=2000, show_default=True, metavar="MICROSECONDS",
               help="How long a request may wait for others to be computed with.")
 @click.option("--force", is_flag=True, help="Replace what this command made before.")
+@json_option
 def command(bundle: Path, out: Path, scans: str, name: str | None, tower: str, device: str, backend: str | None,
-            precision: str, instances: int, readers: int, max_batch: int, delay: int, force: bool) -> None:
+            precision: str, instances: int, readers: int, max_batch: int, delay: int, force: bool,
+            as_json: bool) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server.
 
     Clients send the path of a scan, or a text; no request carries a volume. Model NAME answers with image_embedding and
@@ -64,6 +67,11 @@ def command(bundle: Path, out: Path, scans: str, name: str | None, tower: str, d
         raise InputError(f"--name {name}: expected letters, digits, '_', '.' and '-'")
     serving = Serving(name, tower, device, backend, precision, instances, readers, max_batch, delay, scans)
     names, engine = write_repository(opened, serving, out, force)
+    if as_json:
+        print_json({"repository": str(out), "models": list(names),
+                    "tensorrt": None if engine is None else engine.version,
+                    "compute_capability": [] if engine is None else list(engine.compute_capability)})
+        return
     click.echo(f"{out}: {', '.join(names)}")
     if engine is not None:
         click.echo(f"the server must have TensorRT {engine.version} and a GPU of compute capability "

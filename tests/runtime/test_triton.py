@@ -75,6 +75,15 @@ def test_tensorrt_towers(built: Path, tmp_path: Path, capsys):
     assert "was built for at most 3; pass less, or build" in capsys.readouterr().err
 
 
+def test_json(pristine_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["triton", str(pristine_bundle), "--out", str(tmp_path / "x"), "--scans", "/s", "--name", "net", "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "net" in told["models"]
+    assert set(told["models"]) <= {path.name for path in (tmp_path / "x" / "models").iterdir()}
+    assert told["tensorrt"] is None
+
+
 @pytest.mark.parametrize(("options", "code", "message"), [
     (("--scans", "here"), 2, "--scans here: expected an absolute path"),
     (("--scans", "/s", "--name", "a/b"), 2, "--name a/b: expected letters"),
