@@ -105,5 +105,5 @@ def get_encoder(name: str) -> EncoderSpec:
     """
     specs = {spec.name: spec for spec in all_encoders()}
     if name not in specs:
-        raise InputError(f"encoder {name!r}: unknown{suggestion(name, specs)}. `dcformer encoders` lists all")
+        raise InputError(f"encoder {name!r}: unknown; `dcformer encoders` lists all{suggestion(name, specs)}")
     return specs[name]

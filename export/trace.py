@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from ..runtime.errors import InputError
 from .clip import Clip, ClipSpec, Detector
 
 #: Newest opset that TensorRT 10, OpenVINO and ONNX Runtime all read, and the first with Gelu as one operator.
@@ -70,14 +71,27 @@ def trace_text_tower(clip: Clip, spec: ClipSpec) -> onnx.ModelProto:
 def _trace(module: nn.Module, example: tuple[Tensor, ...], inputs: list[str], outputs: list[str],
            dynamic_shapes: dict[str, dict[int, torch.export.Dim]]) -> onnx.ModelProto:
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module.eval(), example, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs,
-            dynamic_shapes=dynamic_shapes, optimize=True, verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                module.eval(), example, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs,
+                dynamic_shapes=dynamic_shapes, optimize=True, verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            tower = outputs[0].split("_")[0]
+            raise InputError(f"the {tower} tower cannot be traced: {_reason(error)}. Its forward must not branch on "
+                             "values (docs/encoders.md)") from error
         assert program is not None
         proto = program.model_proto
     _drop_metadata(proto)
     return proto
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost cause; the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def _drop_metadata(proto: onnx.ModelProto) -> None:

@@ -13,6 +13,8 @@ from ..model import load
 from .options import bundle_argument, given_options, json_option, model_options, read_classes, scan_options
 from .output import announce, print_json, progress
 
+_BLOCKS = 256
+
 
 @click.command("report")
 @bundle_argument
@@ -25,14 +27,15 @@ from .output import announce, print_json, progress
 @click.option("--explain", multiple=True, metavar="NAME",
               help="Show where the encoder looked for this class; can be repeated.  [default: the three of the "
                    "highest scores]")
-@click.option("--blocks", type=click.IntRange(min=8, max=100_000), default=256, show_default=True, metavar="N",
-              help="Blocks to hide one after the other, at most; each takes an inference.")
+@click.option("--blocks", type=click.IntRange(min=8, max=100_000), metavar="N",
+              help="Blocks to hide one after the other, at most; each takes an inference.  [default: 256]")
 @click.option("--no-occlusion", is_flag=True, help="Leave out where the encoder looked.")
 @json_option
 @scan_options
 @model_options
 def command(
-    bundle: Path, scan: Path, out: Path, title: str | None, classes: Path | None, explain: tuple[str, ...], blocks: int,
+    bundle: Path, scan: Path, out: Path, title: str | None, classes: Path | None, explain: tuple[str, ...],
+    blocks: int | None,
     no_occlusion: bool, as_json: bool, device: str, threads: int | None, backend: str, precision: str,
     no_verify: bool, **read_options: Any,
 ) -> None:
@@ -43,12 +46,13 @@ def command(
     from ..report.page import require_page_name
     from ..report.scan import PageOptions, write_scan_page
 
-    if no_occlusion and explain:
-        raise InputError("--explain shows where the encoder looked, which --no-occlusion leaves out; drop one of them")
+    if no_occlusion and (explain or blocks is not None):
+        raise InputError("--explain and --blocks are for where the encoder looked, which --no-occlusion leaves "
+                         "out; drop one or the other")
     require_page_name(out)
     require_writable_file(out)
     given = given_options(read_options)
-    options = PageOptions(title, read_classes(classes), explain, None if no_occlusion else blocks, given)
+    options = PageOptions(title, read_classes(classes), explain, None if no_occlusion else blocks or _BLOCKS, given)
     model = load(bundle, device, threads, not no_verify, backend, precision)
     announce(model)
     with progress() as display:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import atomic_file
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -47,11 +48,19 @@ def write_page(path: Path, template: str, **shown: Any) -> None:
         InputError: the file cannot be written.
     """
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                                     finalize=_printable)
     page = environment.get_template(template).render(version=metadata.version("dcformer-deploy"), **shown)
     with atomic_file(path) as temporary:
         # Names of files need not be valid Unicode.
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _printable(value: Any) -> Any:
+    """Names may hold characters that steer a terminal or a browser: shown as what they are."""
+    if isinstance(value, markupsafe.Markup) or not isinstance(value, str) or value.isprintable():
+        return value
+    return one_line(value)
 
 
 def write_tables(path: Path, title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> None:

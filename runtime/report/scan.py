@@ -9,8 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError, suggestion
 from ..machine import machine
+from ..manifest import Preprocessing
 from ..model import Model
 from ..occlusion import Occlusion, occlude
 from ..results import Prepared, Scores
@@ -59,13 +62,16 @@ def write_scan_page(model: Model, path: Path, out: Path, options: PageOptions,
     known = _class_names(model, options)
     for name in options.explain:
         if name not in known:
-            raise InputError(f"explain: no class {name!r}{suggestion(name, known)}; the classes are {', '.join(known)}")
+            raise InputError(f"--explain: no class {name!r}; the classes are {', '.join(known)}"
+                             f"{suggestion(name, known)}")
     facts, timings = file_facts(path), {}
     start = time.perf_counter()
     volume = read_scan(path, spec, ReadOptions(**options.read_options))
     timings["read"] = (time.perf_counter() - start) * 1e3
     prepared = model.prepare_volume(volume, "scan", timings)
     result = _score(model, prepared, options)
+    read_ms = sum(timings.values())
+    timings = {**timings, **result.timings_ms, "total": read_ms + result.timings_ms["total"]}
     ranked = sorted(result.scores, key=lambda name: -result.scores[name])
     found, looked = None, None
     if options.most_blocks is not None:
@@ -81,9 +87,9 @@ def write_scan_page(model: Model, path: Path, out: Path, options: PageOptions,
         scores=[{"name": name, "score": result.scores[name], "prompts": task.prompts(name) if task else ()}
                 for name in ranked],
         slices=scan_rows(volume, spec.intensity == "window"), looked=looked, notes=volume.notes,
-        reading=_reading(volume, digest, options.read_options), model=_model(model),
-        timings=[(phase, f"{ms:,.0f} ms") for phase, ms in {**timings, **result.timings_ms}.items()])
-    return replace(result, timings_ms={**timings, **result.timings_ms}), found
+        reading=_reading(volume, spec, digest, options.read_options), model=_model(model),
+        timings=[(phase, f"{ms:,.0f} ms") for phase, ms in timings.items()])
+    return replace(result, timings_ms=timings), found
 
 
 def _class_names(model: Model, options: PageOptions) -> Sequence[str]:
@@ -124,36 +130,61 @@ def _looked(model: Model, volume: Volume, found: Occlusion, names: Sequence[str]
         "block_mm": millimetres if spec.resampling == "to_spacing" else "equal size",
         "cell": None if found.cell_dhw is None else "{1} x {2} x {0}".format(*found.cell_dhw),
         "classes": [{"name": name, "score": float(found.scores[found.classes.index(name)]),
-                     "pictures": block_row(seen, volume, spec, found, name), "told": _told(found, name)}
-                    for name in names]}
+                     "pictures": block_row(seen, volume, spec, found, name) if _largest(found, name) else [],
+                     "told": _told(found, name)} for name in names]}
+
+
+def _largest(found: Occlusion, name: str) -> float:
+    return float(np.abs(found.effect[..., found.classes.index(name)]).max())
 
 
 def _told(found: Occlusion, name: str) -> str:
     effects = [effect for _, effect in found.strongest(name, _STRONGEST) if effect > 0]
     lowest = float(found.effect[..., found.classes.index(name)].min())
+    if not _largest(found, name):
+        return "Hiding any block leaves the score as it is: the encoder saw nothing here that it goes by."
     against = f" Strongest against it: {lowest:.3f}." if lowest < 0 else " No block speaks against it."
+    against += f" Full colour: {_largest(found, name):.3f}."
     if not effects:
         return f"No block speaks for it: hiding any raises the score or leaves it as it is.{against}"
     others = f"; without the next {', '.join(f'{effect:.3f}' for effect in effects[1:])}" if effects[1:] else ""
     return f"Without the block that speaks most for it the log-odds fall by {effects[0]:.3f}{others}.{against}"
 
 
-def _reading(volume: Volume, digest: str, read_options: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _reading(volume: Volume, spec: Preprocessing, digest: str, read_options: Mapping[str, Any]
+             ) -> list[tuple[str, str]]:
     maps = ", then ".join(map(str, volume.scaling))
     # Of a table its name, and of a series its UID, may lead to the patient.
     hidden = {"metadata": "spacing, slope and intercept from a table", "series": "which series"}
     given = ", ".join(hidden.get(name, f"{name} {value}") for name, value in read_options.items())
     return [("sha256, as in stores", digest), ("voxels (H x W x D)", " x ".join(map(str, volume.stored.shape))),
-            ("spacing (H x W x D)", in_mm(volume.spacing_hwd_mm)), ("orientation", volume.orientation),
+            ("spacing (H x W x D)", in_mm(volume.spacing_hwd_mm)), *_extent(volume, spec),
+            ("orientation", volume.orientation),
             ("stored values", str(volume.stored.dtype)), ("to Hounsfield units", maps or "none"),
-            ("done to it", "; ".join(volume.notes) or "nothing"),
+            ("done to it", "what stands above" if volume.notes else "nothing"),
             ("said by the caller", given or "nothing")]
+
+
+def _extent(volume: Volume, spec: Preprocessing) -> list[tuple[str, str]]:
+    """How much of the scan the encoder sees, where it does not see all."""
+    if spec.resampling != "to_spacing":
+        return []
+    depth, height, width = spec.shape_dhw
+    seen = [side * mm for side, mm in zip((height, width, depth), spec.spacing_hwd_mm, strict=True)]
+    whole = [side * mm for side, mm in zip(volume.stored.shape, volume.spacing_hwd_mm, strict=True)]
+    told = f"{' x '.join(f'{mm:.0f}' for mm in whole)} mm"
+    if any(there > read + 1 for there, read in zip(whole, seen, strict=True)):
+        told += f", of which the encoder reads the middle {' x '.join(f'{mm:.0f}' for mm in seen)} mm"
+    return [("extent (H x W x D)", told)]
 
 
 def _model(model: Model) -> list[tuple[str, str]]:
     manifest = model.manifest
     spec = manifest.preprocessing
-    return [("encoder", manifest.encoder), ("weights", str(manifest.source)), ("bundle's sha256", manifest.digest),
+    weights = manifest.source.sha256
+    return [("encoder", manifest.encoder),
+            ("weights", str(manifest.source) if weights is None else f"sha256 {weights}"),
+            ("bundle's sha256", manifest.digest),
             ("reads", f"{' x '.join(map(str, spec.shape_dhw))} (D x H x W)"
              + (f" voxels of {in_mm(spec.spacing_hwd_mm)} (H x W x D)" if spec.resampling == "to_spacing" else "")),
             ("ran in", f"{model.describe()}, {model.precision}"), ("machine", machine()),

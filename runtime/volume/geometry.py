@@ -18,6 +18,8 @@ from .types import Spacing
 _MILLIMETRE_CODES = (0, 2)  # NIfTI xyzt_units: unknown, which everyone takes for mm, and mm
 #: pixdim and affine may differ by rounding in the writing program, not by more (relative).
 _SPACING_TOLERANCE = 1e-3
+#: Beyond rounding in headers a scan is no box; beyond a patient who lies slightly askew a note says so.
+_LARGEST_LEAN_DEGREES, _LARGEST_TURN_DEGREES = 1.0, 5.0
 #: What a blank header is taken for: CT-RATE, where such files come from, stores axes to the left, the back and upwards;
 #: so does SimpleITK where nothing else was said.
 LPS_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -81,6 +83,23 @@ def choose_spacing(path: Path, geometry: Geometry, options: ReadOptions, metadat
         raise InputError(f"{path}: the header contradicts itself: pixdim says {in_mm(pixdim)}, the affine "
                          f"{in_mm(from_affine.tolist())}; {_REMEDY}")
     return pixdim
+
+
+def describe_turn(path: Path, affine: NDArray[np.float64]) -> str | None:
+    """A note on axes that do not lie along the patient's, which are read as if they did; None where they do.
+
+    Raises:
+        InputError: axes that are not at right angles, as those of a stack that a tilted gantry made.
+    """
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    lean = float(np.degrees(np.arcsin(np.clip(np.abs(axes.T @ axes - np.eye(3)).max(), 0, 1))))
+    if lean > _LARGEST_LEAN_DEGREES:
+        raise InputError(f"{path}: the header's axes are {lean:.1f} degrees off a right angle (a tilted gantry?); "
+                         "resample the scan to a regular grid first, or pass --orientation as-stored")
+    turn = float(np.degrees(np.arccos(np.clip(np.abs(axes).max(axis=0).min(), 0, 1))))
+    if turn <= _LARGEST_TURN_DEGREES:
+        return None
+    return f"turned by up to {turn:.0f} degrees against the patient's axes, and read along the nearest of them"
 
 
 def reorient(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import math
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,9 +21,9 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import DcformerWarning, InputError
 from ..files import require_file
-from .geometry import LPS_AFFINE, Geometry, choose_spacing, reorient
+from .geometry import LPS_AFFINE, Geometry, choose_spacing, describe_turn, reorient
 from .hounsfield import check_voxels
 from .metadata import VolumeMetadata, read_metadata
 from .options import AS_IN_FILE, AS_STORED, ReadOptions
@@ -82,10 +83,14 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
     spacing = choose_spacing(path, header.geometry, options, metadata, needs_spacing)
     stored = _read_voxels(path, header, shape, before)
     orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
+    notes: tuple[str, ...] = ()
     if orientation != AS_STORED:
         affine = LPS_AFFINE if header.geometry.is_blank else header.geometry.affine
         stored, spacing = reorient(path, affine, stored, spacing, target_orientation)
-    notes = (_BLANK,) if header.geometry.is_blank and orientation != AS_STORED else ()
+        note = _BLANK if header.geometry.is_blank else describe_turn(path, affine)
+        if note is not None and note is not _BLANK:
+            warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=2)
+        notes = () if note is None else (note,)
     volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation, notes)
     doubt = check_voxels(path, volume, needs_hounsfield,
                          explicit=options.slope is not None and options.intercept is not None)
