@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,10 @@ class _TextTower(nn.Module):
         return self.clip.encode_text(input_ids, attention_mask)
 
 
+#: How PyTorch's messages name a line of a module.
+_PLACE = re.compile(r"File \"([^\"]+)\", line (\d+), in forward")
+
+
 def trace_image_tower(model: Clip | Detector, spec: ClipSpec) -> onnx.ModelProto:
     """The image tower; batch is dynamic, the volume's sides are those of the spec."""
     side = spec.input_size
@@ -88,10 +93,16 @@ def _trace(module: nn.Module, example: tuple[Tensor, ...], inputs: list[str], ou
 
 def _reason(error: BaseException) -> str:
     """The first line of the innermost cause; the exporter wraps it in pages of advice."""
-    while error.__cause__ is not None:
+    told = ""
+    while True:
+        told += f"{error}\n"
+        if error.__cause__ is None:
+            break
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    place = _PLACE.findall(told)
+    where = f" at {place[-1][0]}, line {place[-1][1]}" if place else ""
+    return (lines[0][:200] if lines else type(error).__name__).rstrip(".") + where
 
 
 def _drop_metadata(proto: onnx.ModelProto) -> None:
@@ -107,13 +118,16 @@ def _drop_metadata(proto: onnx.ModelProto) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter logs about torchvision, which no model here uses, and warns about torch's own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = {name: logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.fx", "torch.export",
+                                                          "torch._dynamo", "torch.fx.experimental.symbolic_shapes")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning, UserWarning):
                 warnings.simplefilter("ignore", category)
             yield
     finally:
-        logger.setLevel(level)
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
