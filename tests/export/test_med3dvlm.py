@@ -137,6 +137,7 @@ def test_a_scan_of_one_value_is_refused(exported: tuple[Manifest, Model], tmp_pa
         exported[1].preprocess(tmp_path / "flat.nii")
 
 
+@pytest.mark.thorough
 def test_without_its_tokenizer(folder: Path, tmp_path: Path):
     manifest = export_checkpoint(folder, tmp_path / "b", ExportOptions(tokenizer=None, own_tokenizer=False))
     assert manifest.text is None and manifest.zero_shot is None

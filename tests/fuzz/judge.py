@@ -66,11 +66,10 @@ def judge(case: Case, folder: Path, program: Callable[[list[str]], int]) -> Verd
         outside = Path(place)
         for name in ("tmp", "cache"):
             (outside / name).mkdir()
-        own = _resident_bytes(os.getpid())
         begin = time.monotonic()
         if (child := os.fork()) == 0:
             _run(case, folder, outside, program)
-        code, peak = _wait(child, begin + LARGEST_S, own + LARGEST_BYTES)
+        code, peak = _wait(child, begin + LARGEST_S, outside / "start")
         seconds = time.monotonic() - begin
         output = (outside / "stdout").read_bytes() if (outside / "stdout").exists() else b""
         errors = (outside / "stderr").read_text(errors="backslashreplace") if (outside / "stderr").exists() else ""
@@ -82,7 +81,7 @@ def judge(case: Case, folder: Path, program: Callable[[list[str]], int]) -> Verd
             or _left(case, code, before, after, left)
             or _finite(case, code, output, folder)
         )
-    return Verdict(code, seconds, max(0, peak - own), problem, errors)
+    return Verdict(code, seconds, peak, problem, errors)
 
 
 # ------------------------------------------------------------------ running
@@ -93,6 +92,7 @@ def _run(case: Case, folder: Path, outside: Path, program: Callable[[list[str]],
     code = _UNEXPECTED
     try:
         os.setsid()
+        (outside / "start").write_text(str(_resident_bytes(os.getpid())))
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(outside / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -125,22 +125,25 @@ def _stop_after_reading() -> None:
     make_bundle.trace_image_tower = stop  # type: ignore[assignment]
 
 
-def _wait(child: int, deadline: float, largest: int) -> tuple[int, int]:
-    """Exit code, negative for a signal, and the peak of resident bytes; ends what takes too long or too much."""
-    peak = 0
+def _wait(child: int, deadline: float, start: Path) -> tuple[int, int]:
+    """Exit code, negative for a signal, and how much its resident bytes grew; ends what takes too long or too much.
+
+    ``start``: where the child has written what it began with, which is the libraries' and its parent's.
+    """
+    grown = own = 0
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
+        own = own or (int(start.read_text() or 0) if start.exists() else 0)
         if done:
-            code = os.waitstatus_to_exitcode(status)
-            return code, max(peak, usage.ru_maxrss << 10)
+            return os.waitstatus_to_exitcode(status), max(grown, (usage.ru_maxrss << 10) - own if own else 0)
         with contextlib.suppress(OSError):
-            peak = max(peak, _resident_bytes(child))
-        if time.monotonic() > deadline or peak > largest:
+            grown = max(grown, _resident_bytes(child) - own if own else 0)
+        if time.monotonic() > deadline or grown > LARGEST_BYTES:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
                 os.kill(child, signal.SIGKILL)
             os.wait4(child, 0)
-            return (-signal.SIGALRM if time.monotonic() > deadline else -signal.SIGXFSZ), peak
+            return (-signal.SIGALRM if time.monotonic() > deadline else -signal.SIGXFSZ), grown
         time.sleep(_POLL_S)
 
 

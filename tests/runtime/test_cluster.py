@@ -130,6 +130,7 @@ def test_a_scan_that_ends_every_worker_is_left_out(pristine_bundle: Path, scans:
     assert "2 workers ended over this scan" in rows["deadly.nii.gz"]["error"]
 
 
+@pytest.mark.thorough
 def test_errors_of_a_worker_arrive(bundle_copy: Path, scans: Path, tmp_path: Path, capsys,
                                    monkeypatch: pytest.MonkeyPatch):
     """The bundle is another one by the time that workers load it."""

@@ -88,8 +88,10 @@ def test_ctrl_c_at_any_time(pristine_bundle: Path, scan: Path, tmp_path: Path):
         folder = tmp_path / str(step)
         folder.mkdir()
         words = ["report", str(pristine_bundle), str(scan), "--out", "r.html"]
+        # Whoever runs the tests in the background has it ignored, which would be inherited.
         running = subprocess.Popen([*PROGRAM, *words], cwd=folder, env=_environment(folder), stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+                                   stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         time.sleep(0.7 + 0.4 * step)
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
