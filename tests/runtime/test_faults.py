@@ -84,7 +84,9 @@ def test_other_errors_of_the_block_are_not_full_disks(tmp_path: Path):
 def test_ctrl_c_at_any_time(pristine_bundle: Path, scan: Path, tmp_path: Path):
     """From the imports of the program to the end; before, the interpreter itself would tell."""
     ends = set()
-    for step in range(7):
+    for step in range(30):
+        if step > 6 and 130 in ends:  # a machine that is busy takes longer to come to what can be told
+            break
         folder = tmp_path / str(step)
         folder.mkdir()
         words = ["report", str(pristine_bundle), str(scan), "--out", "r.html"]
