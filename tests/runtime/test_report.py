@@ -222,9 +222,10 @@ def test_pages_at_once_do_not_mix(model: Model, hounsfield: np.ndarray, tmp_path
         places[name] = f"first {1.7 + gap:.2f} mm"
     with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
         warnings.simplefilter("ignore")
-        for name in list(places) * 3:
-            pool.submit(write_scan_page, model, tmp_path / name, tmp_path / f"{name}.html", PageOptions(
-                most_blocks=None, read_options={"resample_irregular": True})).result()
+        pages = [pool.submit(write_scan_page, model, tmp_path / name, tmp_path / f"{name}.html", PageOptions(
+            most_blocks=None, read_options={"resample_irregular": True})) for name in list(places) * 3]
+        for page in pages:
+            page.result()
     for name, told in places.items():
         text = re.sub(r"base64,[^\"]*", "", (tmp_path / f"{name}.html").read_text())
         assert told in text
