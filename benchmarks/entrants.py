@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..runtime.backends import Options
+from ..runtime.backends.openvino import NO_BFLOAT16, has_bfloat16
 from ..runtime.bundle import open_bundle
 from ..runtime.engines import LIBRARIES
-from ..runtime.errors import InputError, suggestion
+from ..runtime.errors import DcformerWarning, InputError, suggestion
 from ..runtime.manifest import MANIFEST_NAME, Manifest
+from ..runtime.scan_files import ScanPath
 from .contenders import Entrant, Job, bundle, loading, pytorch_eager
 
 #: The bundle itself, which always runs.
@@ -44,12 +47,17 @@ NAMES = tuple(_KINDS)
 
 @dataclass(frozen=True)
 class Field:
-    """Where a race takes place: a bundle, the checkpoint it was made from if there is one, threads, a scan's file."""
+    """Where a race takes place: a bundle, the checkpoint it was made from if there is one, threads, a scan."""
 
     bundle: Path
     checkpoint: Path | None
     threads: int
-    scan: Path | None = None
+    scan: ScanPath | None = None
+
+    @property
+    def suits_original(self) -> bool:
+        """Whether the original code could read the scan, if there is one."""
+        return self.scan is None or (isinstance(self.scan, Path) and self.scan.name.endswith((".nii", ".nii.gz")))
 
     @property
     def manifest(self) -> Manifest:
@@ -60,6 +68,8 @@ class Field:
 def choose_entrants(names: Sequence[str], field: Field, folder: Path,
                     on_stage: Callable[[str], None] = lambda _: None) -> list[Entrant]:
     """Entrants of these names, in their order, and the bundle itself at the end if it is not among them.
+
+    One that this CPU has no units for is left out, with a warning.
 
     Args:
         folder: where other exports of the bundle's weights are made.
@@ -75,11 +85,17 @@ def choose_entrants(names: Sequence[str], field: Field, folder: Path,
     manifest = field.manifest
     same_weights = field.checkpoint is not None or manifest.source.random_seed is not None
     job = Job(str(field.bundle), str(field.checkpoint) if field.checkpoint else None, field.threads, same_weights,
-              manifest.preprocessing.value_range, scan=str(field.scan) if field.scan else None)
+              manifest.preprocessing.value_range, scan=field.scan)
     entrants = []
     for name in (*names, *[OWN] * (OWN not in names)):
         kind = _KINDS[name]
+        if kind.kind == pytorch_eager.KIND and not field.suits_original:
+            raise InputError(f"--against {name}: the original code reads NIfTI alone; name others, or pass a .nii or "
+                             ".nii.gz")
         options = Options(backend=kind.backend, precision=kind.precision)
+        if kind.precision == "bf16" and not has_bfloat16():
+            warnings.warn(f"--against {name}: left out; {NO_BFLOAT16}", DcformerWarning, stacklevel=2)
+            continue
         if manifest.graph("image", options.graph_precision, kind.backend) is None:
             raise InputError(f"--against {name}: {field.bundle} has no {kind.precision} graph; `dcformer calibrate` "
                              "adds it")
@@ -93,8 +109,11 @@ def choose_entrants(names: Sequence[str], field: Field, folder: Path,
 
 
 def loading_entrants(field: Field) -> list[Entrant]:
-    """Reading and preprocessing alone: the original's method and ours."""
-    job = Job(str(field.bundle), None, field.threads, same_weights=True, scan=str(field.scan))
+    """Reading and preprocessing alone: the original's method and ours. Raises InputError if it cannot read the scan."""
+    if not field.suits_original:
+        raise InputError(f"--load-only {field.scan}: the original code, which runs beside, reads NIfTI alone; pass a "
+                         ".nii or .nii.gz")
+    job = Job(str(field.bundle), None, field.threads, same_weights=True, scan=field.scan)
     return [Entrant("original", loading.ORIGINAL_KIND, job), Entrant("ours", loading.KIND, job)]
 
 
@@ -107,11 +126,11 @@ def gpu_entrants(names: Sequence[str], field: Field) -> list[Entrant]:
     manifest = field.manifest
     job = Job(str(field.bundle), str(field.checkpoint) if field.checkpoint else None, field.threads,
               field.checkpoint is not None or manifest.source.random_seed is not None,
-              manifest.preprocessing.value_range, scan=str(field.scan) if field.scan else None, device="cuda")
+              manifest.preprocessing.value_range, scan=field.scan, device="cuda")
     entrants = []
     for name in names:
         library, _, precision = name.rpartition("-")
-        if name == "torch-fp32":
+        if name == "torch-fp32" and field.suits_original:
             entrants.append(Entrant(name, pytorch_eager.KIND, job))
         elif library in LIBRARIES:
             engine = replace(job, backend=library, precision=precision)

@@ -128,12 +128,12 @@ def _serve(connection: Connection, kind: str, job: Job, shape: tuple[int, int, i
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
     try:
         start = time.perf_counter()
-        volume = _random_volume(shape, job.value_range) if job.scan is None else None
+        given = _random_volume(shape, job.value_range) if job.scan is None else job.scan
         input_s = time.perf_counter() - start
         contender = open_contender(kind, job)
 
         def work() -> NDArray[np.float32]:
-            return contender.run(volume) if volume is not None else contender.run_scan(str(job.scan))
+            return contender.run(given) if isinstance(given, np.ndarray) else contender.run_scan(given)
 
         connection.send(("ready", (contender.describe(), work()[0], input_s)))
         while connection.recv() == "run":
@@ -206,7 +206,7 @@ def measure(
                      first.embedding if job.same_weights and worker is not first else None)
             for worker in workers
         ),
-        scan=job.scan,
+        scan=None if job.scan is None else str(job.scan),
     )
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..runtime.manifest import Preprocessing
+from ..runtime.scan_files import ScanPath
 
 
 def preprocess_array(array: NDArray[np.floating | np.integer], slope: float, intercept: float,
@@ -37,8 +38,9 @@ def preprocess_array(array: NDArray[np.floating | np.integer], slope: float, int
     return F.pad(resized, padding, value=spec.pad_value).numpy()
 
 
-def load_volume(path: str | Path, spec: Preprocessing) -> NDArray[np.float32]:
+def load_volume(path: ScanPath, spec: Preprocessing) -> NDArray[np.float32]:
     """A NIfTI file in Hounsfield units, read as stored, to ``[D, H, W]`` float32."""
+    assert isinstance(path, Path)
     image = nib.load(path)
     assert isinstance(image, nib.Nifti1Image)
     # CT-RATE's table says 0.9, the header's float32 says 0.8999999762, which can make the volume one voxel smaller.

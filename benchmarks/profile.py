@@ -19,6 +19,7 @@ from ..runtime.bundle import open_bundle
 from ..runtime.errors import InputError
 from ..runtime.machine import processor
 from ..runtime.model import load
+from ..runtime.scan_files import ScanPath
 from ..runtime.volume import image_feeds
 
 _WARM_UP = 2
@@ -52,7 +53,7 @@ class Profile:
         return asdict(self)
 
 
-def profile(bundle: Path, options: Options, runs: int, scan: Path | None = None) -> Profile:
+def profile(bundle: Path, options: Options, runs: int, scan: ScanPath | None = None) -> Profile:
     """Run the image tower with its library's own profiler on random voxels, and score a scan if one is given.
 
     Args:

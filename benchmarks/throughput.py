@@ -27,6 +27,7 @@ from ..runtime.inputs import Item, find_items
 from ..runtime.machine import machine
 from ..runtime.pipeline import Settings
 from ..runtime.preparing import find_tasks, prepare_all
+from ..runtime.scan_files import file_facts
 from ..runtime.store import Identity, Store
 from ..runtime.store.store import parts
 from .capacity import ARCHIVES, Steps, plan_rows
@@ -96,7 +97,7 @@ def measure(bundle: Path, scans: Sequence[Item], rounds: int, workers: int, disp
         found |= _rounds({f"embed --ray, {workers} processes": lambda: _on_ray(
             cluster, model, bundle, scans, workers, scratch)}, rounds, display)
     return Throughput(machine(), time.strftime("%Y-%m-%d"), model.manifest.encoder, len(scans),
-                      round(statistics.mean(item.path.stat().st_size for item in scans)),
+                      round(statistics.mean((file_facts(item.path) or (0,))[0] for item in scans)),
                       _row_bytes(model, scans, scratch),
                       tuple(_rate(name, reports) for name, reports in found.items()))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from .inputs import Item
 from .model import Model
 from .pipeline import STEPS, Outcome, Pipeline, Settings, table_of
-from .scan_files import file_facts, path_text
+from .scan_files import ScanPath, file_facts, path_text
 from .store import Entry, Store
 from .store.index import table_key
 
@@ -59,7 +59,7 @@ class Report:
 
 
 #: Told of each scan that is finished, with its error if it has one.
-OnScan = Callable[[Path, str | None], None]
+OnScan = Callable[[ScanPath, str | None], None]
 
 
 class EmbeddingJob:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import glob
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .files import require_file
-from .scan_files import require_scan
+from .scan_files import ScanPath, SliceFiles, require_scan
+from .volume.dicom_source import is_slice
 from .volume.folder import find_scans
 
 #: Columns of a list that may hold the path.
@@ -23,16 +25,16 @@ _LISTS = (".csv", ".parquet")
 class Item:
     """A scan to embed, and how to read it."""
 
-    path: Path
+    path: ScanPath
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_items(inputs: Iterable[str | Path], split: str | None, options: Mapping[str, Any]) -> list[Item]:
+def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Mapping[str, Any]) -> list[Item]:
     """Scans in the order in which they are named, as often as they are; paths absolute.
 
     Args:
         inputs: scans; folders, in CT-RATE's layout or any other; patterns with ``*``; CSV or Parquet files with a
-            column ``path``, relative to the list's own folder.
+            column ``path``, relative to the list's own folder; DICOM files, of which those of one folder are one scan.
         split: "valid" or "train", where a folder in CT-RATE's layout holds both.
         options: how to read every scan, as in ``Model.preprocess``; on top of what a folder's table of metadata says.
 
@@ -40,8 +42,8 @@ def find_items(inputs: Iterable[str | Path], split: str | None, options: Mapping
         InputError: nothing there, a list without a column of paths, a folder without scans.
     """
     found = []
-    for given in inputs:
-        for path, metadata in _expand(str(given), split):
+    for given in slices_together(inputs):
+        for path, metadata in _expand(given, split):
             own = {} if metadata is None else {"metadata": metadata}
             found.append(Item(path.absolute(), {**own, **options}))
     if not found:
@@ -49,25 +51,69 @@ def find_items(inputs: Iterable[str | Path], split: str | None, options: Mapping
     return found
 
 
-def require_there(inputs: Iterable[str | Path]) -> None:
+def slices_together(inputs: Iterable[str | ScanPath]) -> list[str | ScanPath]:
+    """DICOM files of one folder as one scan, where the first of them stood; everything else as it is.
+
+    A file alone stays what it is: a scan with too few slices, which whoever reads it will say.
+    """
+    folders: defaultdict[Path, list[Path]] = defaultdict(list)
+    found: list[str | ScanPath | list[Path]] = []
+    for given in inputs:
+        if isinstance(given, SliceFiles) or not is_slice(Path(given)):
+            found.append(given)
+            continue
+        slices = folders[Path(given).absolute().parent]
+        if not slices:
+            found.append(slices)
+        slices.append(Path(given))
+    return [one if not isinstance(one, list) else SliceFiles(tuple(one)) if len(one) > 1 else one[0] for one in found]
+
+
+def one_scan(given: Sequence[str | ScanPath]) -> ScanPath:
+    """The scan that is meant: a path, DICOM files of one folder, or a pattern that matches such.
+
+    Raises:
+        InputError: several scans, or nothing that matches.
+    """
+    found = [path for path in given if isinstance(path, SliceFiles)]
+    for path in given:
+        if not isinstance(path, SliceFiles):
+            found += [Path(path)] if Path(path).exists() or not glob.has_magic(str(path)) else _matches(str(path))
+    scans = slices_together(found)
+    if len(scans) > 1:
+        raise InputError(f"{scans[0]}, {scans[1]}{', …' if len(scans) > 2 else ''}: {len(scans)} scans; expected one")
+    return scans[0] if isinstance(scans[0], SliceFiles) else Path(scans[0])
+
+
+def _matches(pattern: str) -> list[Path]:
+    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (of any path, absolute ones too)
+    if not matches:
+        raise InputError(f"{pattern}: no file matches this pattern")
+    return list(map(Path, matches))
+
+
+def require_there(inputs: Iterable[str | ScanPath]) -> None:
     """Raise InputError if something that was named is not there; of patterns ``find_items`` tells."""
-    for given in map(str, inputs):
-        if not glob.has_magic(given):
-            require_scan(Path(given))
+    for given in inputs:
+        if isinstance(given, SliceFiles) or not glob.has_magic(str(given)):
+            require_scan(given if isinstance(given, SliceFiles) else Path(given))
 
 
-def _expand(given: str, split: str | None) -> Iterator[tuple[Path, Path | None]]:
-    path = Path(given)
+def _expand(named: str | ScanPath, split: str | None) -> Iterator[tuple[ScanPath, Path | None]]:
+    if isinstance(named, SliceFiles):
+        yield named, None
+        return
+    given, path = str(named), Path(named)
     if path.is_dir():
         yield from find_scans(path, split)
     elif path.suffix.lower() in _LISTS:
         yield from ((entry, None) for entry in _read_list(path))
     elif not path.exists() and glob.has_magic(given):
-        matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 (of any path, absolute ones too)
-        if not matches:
-            raise InputError(f"{given}: no file matches this pattern")
-        for match in matches:
-            yield from _expand(match, split) if Path(match).is_dir() else [(Path(match), None)]
+        for match in slices_together(_matches(given)):
+            if isinstance(match, Path) and match.is_dir():
+                yield from _expand(match, split)
+            else:
+                yield match if isinstance(match, SliceFiles) else Path(match), None
     else:
         # One that is not there is a failed scan of its own, as is one that cannot be read.
         yield path, None

@@ -23,14 +23,17 @@ from .engines import LIBRARIES
 from .errors import BundleError, InputError
 from .manifest import Graph, Manifest, ZeroShotTask
 from .results import Classification, Prepared, ZeroShot
+from .scan_files import SliceFiles, as_scan
 from .scoring import probabilities
 from .text import Tokenizer
 from .volume import ReadOptions, Volume, image_feeds, is_prepared, open_prepared, prepare_scan, read_scan, scan_feeds
 
 #: Of an inference of the text tower, whose memory grows with them.
 _TOKENS_AT_ONCE = 8192
-#: A file to read, a preprocessed volume ``[D, H, W]`` float32, or what ``Model.prepare`` made.
-Scan = str | Path | NDArray[np.float32] | Prepared
+#: What to read: a file, a folder, or a list of DICOM slices.
+Readable = str | Path | SliceFiles | Sequence[str | Path]
+#: That, a preprocessed volume ``[D, H, W]`` float32, or what ``Model.prepare`` made.
+Scan = Readable | NDArray[np.float32] | Prepared
 
 
 def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True,
@@ -91,15 +94,15 @@ class Model:
     # ------------------------------------------------------------------ images
 
     def preprocess(
-        self, path: str | Path, spacing: Sequence[float] | None = None, slope: float | None = None,
+        self, path: Readable, spacing: Sequence[float] | None = None, slope: float | None = None,
         intercept: float | None = None, orientation: str | None = None, metadata: str | Path | None = None,
         series: str | None = None, resample_irregular: bool | None = None,
     ) -> NDArray[np.float32]:
         """Read a NIfTI scan into the image tower's input: ``[D, H, W]`` float32, in [-1, 1] (the manifest tells).
 
         Args:
-            path: ``.nii`` or ``.nii.gz``; a folder or zip of DICOM files; or what `dcformer prepare` made of either:
-                then the volume is zero where the image tower does not look.
+            path: ``.nii`` or ``.nii.gz``; a folder, a zip or a list of DICOM files; or what `dcformer prepare` made of
+                any: then the volume is zero where the image tower does not look.
             spacing: mm along the stored axes, (x, y, z) or (xy, z); None = the header's.
             slope, intercept: HU = slope * value + intercept, on top of the file's own scaling; None = 1 and 0.
             orientation: "as-stored" ignores the header's directions; None reorients to the manifest's orientation.
@@ -110,7 +113,7 @@ class Model:
             InputError: anything about the file that would have to be guessed; the message says what to pass.
         """
         options = ReadOptions(spacing, slope, intercept, orientation, metadata, series, resample_irregular)
-        return prepare_scan(path, self.manifest.preprocessing, options, self._options.thread_count,
+        return prepare_scan(as_scan(path), self.manifest.preprocessing, options, self._options.thread_count,
                             self._info("image").inputs)
 
     def prepare(self, scan: Scan, threads: int | None = None, **read_options: Any) -> Prepared:
@@ -300,16 +303,15 @@ class Model:
         if isinstance(scan, np.ndarray):
             require_preprocessed(scan[None], spec)
             return Prepared("array", image_feeds(inputs, scan[None]))
-        if not isinstance(scan, str | Path):
-            raise InputError(f"scan: {type(scan).__name__}; expected a path or a preprocessed array")
-        if is_prepared(scan):
+        path = as_scan(scan)
+        if isinstance(path, Path) and is_prepared(path):
             with _timed(timings, "read"):
-                found = open_prepared(scan, spec, inputs, ReadOptions(**read_options))
-            return Prepared(str(scan), dict(found.feeds), found.shape_hwd, found.spacing_hwd_mm, found.orientation,
+                found = open_prepared(path, spec, inputs, ReadOptions(**read_options))
+            return Prepared(str(path), dict(found.feeds), found.shape_hwd, found.spacing_hwd_mm, found.orientation,
                             found.hounsfield, found.notes, timings)
         with _timed(timings, "read"):
-            volume = read_scan(scan, spec, ReadOptions(**read_options))
-        return self.prepare_volume(volume, str(scan), timings, threads)
+            volume = read_scan(path, spec, ReadOptions(**read_options))
+        return self.prepare_volume(volume, str(path), timings, threads)
 
     def _embed(self, feeds: dict[str, Any]) -> NDArray[np.float32]:
         return self._run("image", feeds, ["image_embedding"])[0][0]
@@ -386,7 +388,7 @@ class Model:
 def _name(scan: Scan) -> str:
     if isinstance(scan, Prepared):
         return scan.volume
-    return "array" if isinstance(scan, np.ndarray) else str(scan)
+    return "array" if isinstance(scan, np.ndarray) else str(as_scan(scan))
 
 
 @contextmanager

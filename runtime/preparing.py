@@ -14,9 +14,9 @@ from typing import Any
 
 from .errors import BundleError, DiskFull, InputError
 from .files import atomic_file, is_full
-from .inputs import find_items
+from .inputs import find_items, slices_together
 from .model import Model
-from .scan_files import file_facts, path_text, require_scan, sha256_scan
+from .scan_files import ScanPath, SliceFiles, file_facts, path_text, require_scan, sha256_scan
 from .volume.folder import NAME_COLUMN, table_header
 from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, read_origin, write_prepared
 
@@ -25,7 +25,7 @@ from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, 
 class Task:
     """A scan, how to read it, and where it goes once it is prepared."""
 
-    path: Path
+    path: ScanPath
     options: Mapping[str, Any]
     out: Path
 
@@ -42,7 +42,8 @@ class Report:
     seconds: float
 
 
-def find_tasks(inputs: Sequence[str | Path], split: str | None, options: Mapping[str, Any], out: Path) -> list[Task]:
+def find_tasks(inputs: Sequence[str | ScanPath], split: str | None, options: Mapping[str, Any], out: Path
+               ) -> list[Task]:
     """Scans of ``find_items``: those of a folder go to the same place below ``out``, others directly into it.
 
     Raises:
@@ -50,15 +51,16 @@ def find_tasks(inputs: Sequence[str | Path], split: str | None, options: Mapping
             in one of the inputs.
     """
     tasks: dict[Path, Task] = {}
-    for given in inputs:
-        folder = Path(given).absolute() if Path(given).is_dir() else None
+    for given in slices_together(inputs):
+        folder = Path(given).absolute() if not isinstance(given, SliceFiles) and Path(given).is_dir() else None
         if folder is not None and out.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{out}: lies in {folder}, whose scans would then be there twice; choose a place outside")
         for item in find_items([given], split, options):
-            if is_prepared(item.path):
+            path = item.path.folder if isinstance(item.path, SliceFiles) else item.path
+            if is_prepared(path):
                 raise InputError(f"{item.path}: prepared already; name the scan itself")
-            within = folder is not None and item.path != folder
-            place = item.path.relative_to(folder or "/") if within else Path(item.path.name)
+            within = folder is not None and path != folder
+            place = path.relative_to(folder or "/") if within else Path(path.name)
             task = Task(item.path, item.options, out / place.with_name(_name(place)))
             if (other := tasks.setdefault(task.out, task)).path != task.path:
                 raise InputError(f"{task.path} and {other.path} have the same name; prepare them into two folders")
@@ -95,7 +97,7 @@ def copy_tables(tables: Mapping[Path, Path]) -> None:
 
 
 def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: int, threads: int,
-                on_scan: Callable[[Path, str | None], None] = lambda path, error: None) -> Report:
+                on_scan: Callable[[ScanPath, str | None], None] = lambda path, error: None) -> Report:
     """Prepare what is not there yet, or has changed since.
 
     Args:

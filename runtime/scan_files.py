@@ -1,44 +1,118 @@
-"""A scan on disk, be it one file or a folder of slices: is it there, is it the same, what is in it."""
+"""A scan on disk, be it one file, a folder of slices or a list of them: is it there, is it the same, what is in it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import InputError
 from .files import require_file, sha256_file
 
-
-def path_text(path: Path) -> str:
-    """A path as text that any file can hold: names that are not UTF-8 with their bytes escaped."""
-    return str(path).encode(errors="backslashreplace").decode()
+#: Endings of scans that are whole in themselves.
+_WHOLE = (".nii", ".gz", ".zip")
 
 
-def require_scan(path: Path) -> None:
-    """Raise InputError unless ``path`` is a folder or a readable regular file."""
-    if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises where a name is too long)
+@dataclass(frozen=True)
+class SliceFiles:
+    """DICOM files that were named one by one and are one scan together, in any order.
+
+    Raises:
+        InputError: none, or one that is a scan of its own.
+    """
+
+    files: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", tuple(sorted(set(self.files))))
+        if not self.files:
+            raise InputError("scan: an empty list of files; expected the slices of a DICOM series")
+        for file in self.files:
+            if file.suffix.lower() in _WHOLE or os.path.isdir(file):  # noqa: PTH112
+                raise InputError(f"{file}: a scan of its own in a list of files, which are the slices of one DICOM "
+                                 "series; name scans one by one")
+
+    def __str__(self) -> str:
+        return f"{self.files[0]} and {len(self.files) - 1} other files"
+
+    @property
+    def folder(self) -> Path:
+        """The nearest that all files lie in."""
+        return Path(os.path.commonpath([file.absolute().parent for file in self.files]))
+
+    @property
+    def name(self) -> str:
+        """Of that folder."""
+        return self.folder.name
+
+    def absolute(self) -> SliceFiles:
+        """The same files, by absolute paths."""
+        return SliceFiles(tuple(file.absolute() for file in self.files))
+
+
+#: A file, a folder of slices, or slices.
+ScanPath = Path | SliceFiles
+
+
+def as_scan(scan: str | Path | SliceFiles | Sequence[str | Path]) -> ScanPath:
+    """What a caller names one scan by: a path, or the paths of its slices. Raises ``InputError`` as ``SliceFiles``."""
+    if isinstance(scan, SliceFiles):
+        return scan
+    if isinstance(scan, str | Path):
+        return Path(scan)
+    if not isinstance(scan, list | tuple) or not all(isinstance(file, str | Path) for file in scan):
+        raise InputError(f"scan: {type(scan).__name__}; expected a path, a list of DICOM files, or a preprocessed "
+                         "array")
+    return Path(scan[0]) if len(scan) == 1 else SliceFiles(tuple(map(Path, scan)))
+
+
+def path_text(path: ScanPath) -> str:
+    """A path as text that any file can hold: names that are not UTF-8 with their bytes escaped.
+
+    Of a list of files with a digest of all their names, so that no other list is called the same.
+    """
+    text = str(path)
+    if isinstance(path, SliceFiles):
+        names = "\0".join(map(str, path.files)).encode(errors="surrogateescape")
+        text += f" ({hashlib.sha256(names).hexdigest()[:12]})"
+    return text.encode(errors="backslashreplace").decode()
+
+
+def require_scan(path: ScanPath) -> None:
+    """Raise InputError unless ``path`` is a folder or a readable regular file, or a list of these."""
+    if isinstance(path, SliceFiles):
+        for file in path.files:
+            require_file(file, "scan")
+    elif not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises where a name is too long)
         require_file(path, "scan")
 
 
-def file_facts(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of change in ns, of a folder all and the last of its files'; None without it."""
+def file_facts(path: ScanPath) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns, of several files the sum and the last; None if one is not there."""
     try:
-        statuses = [file.stat() for file in _files(path)] if os.path.isdir(path) else [path.stat()]  # noqa: PTH112
+        statuses = [file.stat() for file in _files(path)]
     except OSError:
         return None
     return sum(status.st_size for status in statuses), max((status.st_mtime_ns for status in statuses), default=0)
 
 
-def sha256_scan(path: Path) -> str:
-    """Hex sha256 of a file, or of the names and contents of a folder's files."""
-    if not os.path.isdir(path):  # noqa: PTH112
+def sha256_scan(path: ScanPath) -> str:
+    """Hex sha256 of a file, or of the names and contents of a folder's files or of those in a list."""
+    if isinstance(path, Path) and not os.path.isdir(path):  # noqa: PTH112
         return sha256_file(path)
+    folder = path.folder if isinstance(path, SliceFiles) else path
     digest = hashlib.sha256()
     for file in _files(path):
-        digest.update(os.fsencode(file.relative_to(path)) + f"\0{sha256_file(file)}\n".encode())
+        name = file.absolute().relative_to(folder.absolute())
+        digest.update(os.fsencode(name) + f"\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+def _files(path: ScanPath) -> Iterator[Path]:
+    if isinstance(path, SliceFiles):
+        return iter(path.files)
+    if not os.path.isdir(path):  # noqa: PTH112
+        return iter((path,))
+    return (file for file in sorted(path.rglob("*")) if file.is_file())

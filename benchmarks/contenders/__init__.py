@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...runtime.scan_files import ScanPath
+
 
 @dataclass(frozen=True)
 class Job:
@@ -18,7 +20,7 @@ class Job:
     ``same_weights``: whether every contender has the bundle's weights, so that embeddings can be compared.
     ``value_range``: of preprocessed volumes. ``backend``, ``precision``, ``preprocess``: for
     bundles, as in ``runtime.backends.Options``. ``device``: likewise, for PyTorch too.
-    ``scan``: a file; what is measured then begins at that file instead of at a preprocessed volume.
+    ``scan``: what is measured then begins at its files instead of at a preprocessed volume.
     """
 
     bundle: str
@@ -28,7 +30,7 @@ class Job:
     value_range: tuple[float, float] = (-1.0, 1.0)
     backend: str = "onnxruntime"
     precision: str = "fp32"
-    scan: str | None = None
+    scan: ScanPath | None = None
     device: str = "cpu"
     preprocess: str = "cpu"
 
@@ -53,7 +55,7 @@ class Contender(Protocol):
         """Image embedding of one volume."""
         ...
 
-    def run_scan(self, scan: str) -> NDArray[np.float32]:
+    def run_scan(self, scan: ScanPath) -> NDArray[np.float32]:
         """File to scores or, for those that only load, to what the image tower reads."""
         ...
 

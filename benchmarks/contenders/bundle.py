@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.model import Model, load
+from ...runtime.scan_files import ScanPath
 from . import Job
 
 KIND = "bundle"
@@ -18,7 +19,7 @@ class _Bundle:
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._model.image_outputs(volume, ["image_embedding"])["image_embedding"]
 
-    def run_scan(self, scan: str) -> NDArray[np.float32]:
+    def run_scan(self, scan: ScanPath) -> NDArray[np.float32]:
         return np.array([list(self._model.zero_shot(scan).scores.values())], np.float32)
 
     def describe(self) -> str:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from ...runtime.bundle import open_bundle
 from ...runtime.manifest import Manifest
+from ...runtime.scan_files import ScanPath
 from ...runtime.volume import read_scan, scan_feeds
 from . import Job
 
@@ -25,7 +26,7 @@ class _Loading:
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         raise ValueError("loading begins at a file; pass a scan")
 
-    def run_scan(self, scan: str) -> NDArray[np.float32]:
+    def run_scan(self, scan: ScanPath) -> NDArray[np.float32]:
         feeds = scan_feeds(self._inputs, read_scan(scan, self._spec), self._spec, self._threads)
         if "volume" in feeds:
             return feeds["volume"][0, 0, ::_EVERY, ::_EVERY, ::_EVERY].reshape(1, -1)
@@ -45,7 +46,7 @@ class _Original:
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         raise ValueError("loading begins at a file; pass a scan")
 
-    def run_scan(self, scan: str) -> NDArray[np.float32]:
+    def run_scan(self, scan: ScanPath) -> NDArray[np.float32]:
         from ..original import load_volume
 
         return load_volume(scan, self._spec)[::_EVERY, ::_EVERY, ::_EVERY].reshape(1, -1)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...runtime.bundle import open_bundle
 from ...runtime.errors import DeviceUnavailable
 from ...runtime.manifest import Manifest
+from ...runtime.scan_files import ScanPath
 from ...runtime.scoring import probabilities
 from . import Job
 
@@ -55,7 +56,7 @@ class _Eager:
             tensor = self._torch.from_numpy(volume[:, None]).to(self._device)
             return self._clip.encode_image(tensor).embedding.cpu().numpy()
 
-    def run_scan(self, scan: str) -> NDArray[np.float32]:
+    def run_scan(self, scan: ScanPath) -> NDArray[np.float32]:
         from ..original import load_volume
 
         assert self._prompts is not None

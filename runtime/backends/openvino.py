@@ -16,6 +16,9 @@ from ..errors import BundleError, DcformerWarning, DeviceUnavailable, InferenceE
 from ..files import cache_folder
 from .base import Options
 
+#: Why it is not done all the same.
+NO_BFLOAT16 = "bf16: this CPU has no bfloat16 units, so it would be slower and less exact"
+
 
 class OpenVinoBackend:
     """A model compiled for a batch of one, which is faster than for any, and for any once that is asked for.
@@ -37,9 +40,8 @@ class OpenVinoBackend:
         self._requests = threading.local()
         self._lock = threading.Lock()
         self._core = self._library.Core()
-        if options.precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise DeviceUnavailable("bf16: this CPU has no bfloat16 units, so it would be slower and less exact; "
-                                    "choose another --precision")
+        if options.precision == "bf16" and not has_bfloat16():
+            raise DeviceUnavailable(f"{NO_BFLOAT16}; choose another --precision")
         with self._reading():
             self._model = self._core.read_model(str(path))
         batches = [shape for shape in (tensor.partial_shape for tensor in self._model.inputs)
@@ -91,6 +93,11 @@ class OpenVinoBackend:
     def describe(self) -> str:
         """Library, version, precision where it is not fp32, and threads."""
         return self._description
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16 at full speed. Raises ``MissingDependency`` without openvino."""
+    return "BF16" in _import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def cpu_settings(options: Options) -> dict[str, Any]:

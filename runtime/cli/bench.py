@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,9 +14,13 @@ from ..backends.base import DEVICES, MOST_THREADS
 from ..bundle import open_bundle
 from ..errors import InputError
 from ..files import require_file, require_writable_file, require_writable_folder, sha256_file
+from ..scan_files import ScanPath
 from .bench_gpu import bench_gpu, read_batches
-from .options import json_option
+from .options import SCAN, json_option
 from .output import print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from ...benchmarks.entrants import Field
 
 _MEASURED = ("Each in a process of its own, by turns, after a warm-up; ratios are medians of pairs. Cosine: with the "
              "first contender's embedding.")
@@ -30,8 +35,8 @@ _MEASURED = ("Each in a process of its own, by turns, after a warm-up; ratios ar
 @click.option("--against", metavar="NAME,NAME,…",
               help="Beside BUNDLE: torch (the default), onnx-naive, openvino-naive, openvino, openvino-bf16, "
                    "onnxruntime-int8, openvino-int8.")
-@click.option("--scan", type=click.Path(path_type=Path), metavar="SCAN",
-              help="Measure from this file to scores instead of from a preprocessed volume to the embedding.")
+@click.option("--scan", type=SCAN, metavar="SCAN",
+              help="Measure from this scan to scores instead of from a preprocessed volume to the embedding.")
 @click.option("--load-only", is_flag=True,
               help="With --scan: measure reading and preprocessing alone, beside the original's method.")
 @click.option("--encoders", metavar="NAME,NAME,…",
@@ -52,7 +57,7 @@ _MEASURED = ("Each in a process of its own, by turns, after a warm-up; ratios ar
               help="With BUNDLE, on the CPU: write the table as a page, too.")
 @json_option
 def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Path | None, against: str | None,
-            scan: Path | None, load_only: bool, encoders: str | None, size: int | None, out: Path | None,
+            scan: ScanPath | None, load_only: bool, encoders: str | None, size: int | None, out: Path | None,
             bundles: Path | None, device: str, batches: str | None, seconds: float | None, page: Path | None,
             as_json: bool) -> None:
     """Measure latency (median, p95), peak memory and cold start of BUNDLE's image tower, or of many encoders.
@@ -98,7 +103,7 @@ def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Pat
     _bench_bundle(bundle, against, checkpoint, scan, load_only, runs, thread_count, page, as_json)
 
 
-def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, scan: Path | None, load_only: bool,
+def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, scan: ScanPath | None, load_only: bool,
                   runs: int, threads: int, page: Path | None, as_json: bool) -> None:
     from ...benchmarks.entrants import Field, choose_entrants, loading_entrants
     from ...benchmarks.measure import measure
@@ -110,10 +115,8 @@ def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, sc
         if (found := sha256_file(weights)) != manifest.source.sha256:
             raise InputError(f"{weights}: sha256 {found[:12]}…, but {bundle} was made from {manifest.source}; pass "
                              "that one, or none")
-    if scan is not None:
-        require_file(scan, "scan")
     field = Field(bundle, checkpoint, threads, scan)
-    names = [name.strip() for name in against.split(",")] if against is not None else _default_rivals()
+    names = [name.strip() for name in against.split(",")] if against is not None else _default_rivals(field)
     with tempfile.TemporaryDirectory() as folder, progress() as display:
         entrants = (loading_entrants(field) if load_only else
                     choose_entrants(names, field, Path(folder), display.stage))
@@ -143,8 +146,12 @@ def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, sc
         click.echo(page)
 
 
-def _default_rivals() -> list[str]:
-    """PyTorch eager where it is installed."""
+def _default_rivals(field: Field) -> list[str]:
+    """PyTorch eager where it is installed and can read the scan."""
+    if not field.suits_original:
+        click.echo("warning: the original code reads NIfTI alone, so PyTorch is not measured beside the bundle",
+                   err=True)
+        return []
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         click.echo(f"warning: {' and '.join(missing)} not installed here, so PyTorch is not measured beside the bundle",

@@ -8,7 +8,8 @@ import click
 
 from ..bundle import open_bundle
 from ..errors import InputError
-from ..files import require_file, require_writable_folder
+from ..files import require_writable_folder
+from ..scan_files import ScanPath
 from .output import print_json, print_table, progress
 
 LARGEST_BATCH = 64
@@ -27,7 +28,7 @@ def read_batches(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: Path | None, runs: int, threads: int,
+def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: ScanPath | None, runs: int, threads: int,
               seconds: float, out: Path | None, as_json: bool) -> None:
     """Engines beside PyTorch and ONNX Runtime on the GPU; then whole processes, for cold start and host latency."""
     from ...benchmarks.entrants import Field, gpu_entrants
@@ -45,8 +46,6 @@ def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: P
     from ...benchmarks.measure import measure
 
     opened = open_bundle(bundle)
-    if scan is not None:
-        require_file(scan, "scan")
     if out is not None:
         require_writable_folder(out)
     with progress() as display:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..model import load
+from ..scan_files import ScanPath
 from .options import (
     bundle_argument,
     json_option,
@@ -29,7 +30,7 @@ from .scoring import score_scans
 @model_options
 @preprocess_option
 def command(
-    bundle: Path, scans: tuple[Path, ...], as_json: bool, keep_going: bool, device: str, threads: int | None,
+    bundle: Path, scans: tuple[ScanPath, ...], as_json: bool, keep_going: bool, device: str, threads: int | None,
     backend: str, precision: str, preprocess: str, no_verify: bool, **read_options: Any,
 ) -> int:
     """Score each SCAN with the fine-tuned detector that BUNDLE was made from."""

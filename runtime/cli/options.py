@@ -7,18 +7,42 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..backends.base import AUTO, BACKENDS, DEVICES, MOST_THREADS, PREPROCESS
 from ..errors import InputError
 from ..files import require_file
+from ..inputs import one_scan, slices_together
 from ..manifest import PRECISIONS
+from ..scan_files import ScanPath, require_scan
 from ..volume import ReadOptions
 from ..volume.folder import METADATA_COLUMNS, choose_tables
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+
+class _ScanType(click.ParamType):
+    """One scan, named by one word: a file, a folder, a zip, or a pattern of DICOM files."""
+
+    name = "scan"
+
+    def convert(self, value: str | ScanPath, param: click.Parameter | None, ctx: click.Context | None) -> ScanPath:
+        """The scan, which is there; raises ``InputError`` as ``one_scan``."""
+        found = one_scan([value])
+        require_scan(found)
+        return found
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Files and folders."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+SCAN = _ScanType()
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
-scans_argument = click.argument("scans", metavar="SCAN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+scans_argument = click.argument(
+    "scans", metavar="SCAN...", nargs=-1, required=True, type=click.Path(path_type=Path),
+    callback=lambda context, parameter, value: tuple(
+        Path(scan) if isinstance(scan, str) else scan for scan in slices_together(value)))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print only JSON on standard output.")
 preprocess_option = click.option("--preprocess", type=click.Choice(PREPROCESS), default=PREPROCESS[0],
                                  show_default=True,

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from ..errors import one_line
 from ..model import Model
+from ..scan_files import ScanPath
 
 #: Width of tables that go to a file or a pipe, where there is no terminal to ask.
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -99,10 +99,10 @@ def progress(total: int | None = None) -> Iterator[Stages]:
         yield _TerminalStages(display, total)
 
 
-def told(display: Stages) -> Callable[[Path, str | None], None]:
+def told(display: Stages) -> Callable[[ScanPath, str | None], None]:
     """What to call with each scan that is finished, and its error if it has one, which is printed at once."""
 
-    def tell(path: Path, error: str | None) -> None:
+    def tell(path: ScanPath, error: str | None) -> None:
         display.stage(path.name)
         display.advance()
         if error is not None:

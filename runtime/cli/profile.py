@@ -8,16 +8,16 @@ import click
 
 from ..backends import Options
 from ..backends.base import CPU_BACKENDS, MOST_THREADS
-from ..files import require_file
 from ..manifest import PRECISIONS
-from .options import bundle_argument, json_option
+from ..scan_files import ScanPath
+from .options import SCAN, bundle_argument, json_option
 from .output import print_json, print_table
 
 
 @click.command("profile")
 @bundle_argument
-@click.option("--scan", type=click.Path(path_type=Path), metavar="SCAN",
-              help="Also score this file and show the phases: reading, preprocessing, image tower, scores.")
+@click.option("--scan", type=SCAN, metavar="SCAN",
+              help="Also score this scan and show the phases: reading, preprocessing, image tower, scores.")
 @click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Measured inferences.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @click.option("--backend", type=click.Choice(CPU_BACKENDS), default=CPU_BACKENDS[0], show_default=True,
@@ -26,13 +26,11 @@ from .output import print_json, print_table
               help="fp32, or what `dcformer calibrate` added; bf16: openvino computing in bfloat16.")
 @click.option("--top", type=click.IntRange(min=1), default=12, show_default=True, help="Operators to show.")
 @json_option
-def command(bundle: Path, scan: Path | None, runs: int, threads: int | None, backend: str, precision: str, top: int,
+def command(bundle: Path, scan: ScanPath | None, runs: int, threads: int | None, backend: str, precision: str, top: int,
             as_json: bool) -> None:
     """Show where the time of BUNDLE's image tower goes, operator by operator, on this CPU."""
     from ...benchmarks.profile import profile
 
-    if scan is not None:
-        require_file(scan, "scan")
     report = profile(bundle, Options(threads=threads, backend=backend, precision=precision), runs, scan)
     if as_json:
         print_json(report.to_dict())

@@ -9,6 +9,7 @@ import click
 
 from ..errors import InputError
 from ..files import require_writable_file
+from ..inputs import one_scan
 from ..model import load
 from .options import bundle_argument, given_options, json_option, model_options, read_classes, scan_options
 from .output import announce, print_json, progress
@@ -18,7 +19,7 @@ _BLOCKS = 256
 
 @click.command("report")
 @bundle_argument
-@click.argument("scan", type=click.Path(path_type=Path))
+@click.argument("scan", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE.html", help="The page to write.")
 @click.option("--title", metavar="TEXT",
               help="Heading of the page.  [default: the scan's sha256, as a file's name may name the patient]")
@@ -34,14 +35,15 @@ _BLOCKS = 256
 @scan_options
 @model_options
 def command(
-    bundle: Path, scan: Path, out: Path, title: str | None, classes: Path | None, explain: tuple[str, ...],
+    bundle: Path, scan: tuple[Path, ...], out: Path, title: str | None, classes: Path | None, explain: tuple[str, ...],
     blocks: int | None,
     no_occlusion: bool, as_json: bool, device: str, threads: int | None, backend: str, precision: str,
     no_verify: bool, **read_options: Any,
 ) -> None:
     """Write a page on SCAN: slices, scores, where the encoder looked, how the scan was read, and by which model.
 
-    One HTML file that loads nothing. It names neither the patient nor the file.
+    SCAN is one: a file, a folder, or the DICOM files of a folder. The page is one HTML file that loads nothing. It
+    names neither the patient nor the file.
     """
     from ..report.page import require_page_name
     from ..report.scan import PageOptions, write_scan_page
@@ -51,14 +53,14 @@ def command(
                          "out; drop one or the other")
     require_page_name(out)
     require_writable_file(out)
-    given = given_options(read_options)
+    path, given = one_scan(scan), given_options(read_options)
     options = PageOptions(title, read_classes(classes), explain, None if no_occlusion else blocks or _BLOCKS, given)
     model = load(bundle, device, threads, not no_verify, backend, precision)
     announce(model)
     with progress() as display:
-        display.stage(scan.name)
+        display.stage(path.name)
         result, found = write_scan_page(
-            model, scan, out, options, lambda done, of: display.stage(f"{scan.name}: block {done + 1} of {of}"))
+            model, path, out, options, lambda done, of: display.stage(f"{path.name}: block {done + 1} of {of}"))
     effects = {name: found.strongest(name)[0][1] for name in found.classes} if found else None
     if as_json:
         print_json({"report": str(out), "scores": result.scores, "timings_ms": result.timings_ms,

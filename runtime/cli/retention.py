@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from pathlib import Path
 
 import click
 
 from ..backends import Options
 from ..backends.base import CPU_BACKENDS, MOST_THREADS
+from ..backends.openvino import NO_BFLOAT16, has_bfloat16
 from ..bundle import open_bundle
 from ..engines import GPU_TARGET
-from ..errors import InputError, one_line
+from ..errors import DcformerWarning, DeviceUnavailable, InputError, one_line
 from ..files import require_writable_folder
 from ..manifest import PRECISIONS, Manifest
 from ..model import Model
@@ -99,4 +101,10 @@ def _names(bundle: Path, manifest: Manifest, precisions: str | None, target: str
     advice = f"; `dcformer calibrate {bundle} --data DIR --precision NAME` adds one"
     if target != GPU_TARGET and manifest.graph("image", "bf16", GPU_TARGET) is not None:
         advice += "; the bundle's bf16 is for GPUs: --emulate"
-    return parse_names("--precision", precisions, known, advice)
+    names = parse_names("--precision", precisions, known, advice)
+    if target == "openvino" and "bf16" in names and not has_bfloat16():
+        names.remove("bf16")
+        if not names:
+            raise DeviceUnavailable(f"{NO_BFLOAT16}; choose another --precision")
+        warnings.warn(f"left out: {NO_BFLOAT16}", DcformerWarning, stacklevel=2)
+    return names

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import click
 
 from ..ahead import ahead
 from ..errors import BundleError, InputError, one_line
+from ..scan_files import ScanPath
 from .output import progress
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
-def for_each_scan(scans: Sequence[Path], keep_going: bool, action: Callable[[_S], _T],
-                  prepare: Callable[[Path], _S]) -> list[_T | InputError]:
+def for_each_scan(scans: Sequence[ScanPath], keep_going: bool, action: Callable[[_S], _T],
+                  prepare: Callable[[ScanPath], _S]) -> list[_T | InputError]:
     """The action's result per scan; with ``keep_going``, the error of those that cannot be used, printed at once.
 
     Args:

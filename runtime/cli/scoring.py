@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,12 +10,13 @@ import click
 from ..errors import InputError
 from ..model import Model
 from ..results import Scores
+from ..scan_files import ScanPath
 from .output import announce, print_json, print_table
 from .scans import for_each_scan
 
 
 def score_scans(
-    model: Model, scans: Sequence[Path], score: Callable[[Path], Scores], as_json: bool, keep_going: bool
+    model: Model, scans: Sequence[ScanPath], score: Callable[[ScanPath], Scores], as_json: bool, keep_going: bool
 ) -> int:
     """Score every scan and print a table or JSON.
 
@@ -37,7 +37,7 @@ def score_scans(
     return 2 if len(scored) < len(scans) else 0
 
 
-def _row(scan: Path, result: Scores | InputError) -> dict[str, Any]:
+def _row(scan: ScanPath, result: Scores | InputError) -> dict[str, Any]:
     return result.to_dict() if isinstance(result, Scores) else {"volume": str(scan), "error": str(result)}
 
 

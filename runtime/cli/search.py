@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from ..backends.base import MOST_THREADS
 from ..bundle import open_bundle
 from ..errors import InputError
+from ..inputs import slices_together
 from ..model import Model, load
+from ..scan_files import ScanPath, SliceFiles, file_facts
 from ..volume.dicom_source import is_dicom_source
 from ..volume.folder import SCANS
 from .options import json_option
@@ -45,7 +48,8 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
     """Find the scans in STORE that are nearest to texts or scans.
 
     A QUERY that ends like a scan's file (.nii, .nii.gz, .zip) or is a folder is a scan; it is not found itself.
-    Everything else is text, such as a sentence of a report. Nearness is the cosine of embeddings.
+    So are several DICOM files of one folder together. Everything else is text, such as a sentence of a report.
+    Nearness is the cosine of embeddings.
     """
     from ..search.exact import nearest
     from ..search.gallery import open_gallery, require_sound
@@ -60,7 +64,8 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
         if exact is None and len(gallery.matrix) < _INDEX_FROM:
             measured = None
         display.stage("embedding the queries")
-        embeddings, own = _embed(gallery, queries, bundle, threads)
+        asked = slices_together(queries)
+        embeddings, own = _embed(gallery, asked, bundle, threads)
         display.stage("searching")
         # One more, as a scan is the nearest to itself.
         if measured is None:
@@ -76,36 +81,43 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
     how = "exact" if measured is None else _how(measured)
     if as_json:
         print_json({"search": how, "scans": len(gallery.matrix), "results": [
-            {"query": query, "hits": found} for query, found in zip(queries, hits, strict=True)]})
+            {"query": str(query), "hits": found} for query, found in zip(asked, hits, strict=True)]})
         return
-    for query, rows in zip(queries, hits, strict=True):
+    for query, rows in zip(asked, hits, strict=True):
         print_table(f"{query} ({how}, of {len(gallery.matrix)})", ("scan", "cosine", "highest scores"), (
             (hit["path"], f"{hit['cosine']:.4f}", _highest(hit["scores"])) for hit in rows))
 
 
-def _embed(gallery: Gallery, queries: tuple[str, ...], bundle: Path | None, threads: int | None
+def _embed(gallery: Gallery, queries: Sequence[str | ScanPath], bundle: Path | None, threads: int | None
            ) -> tuple[NDArray[np.float32], list[int | None]]:
     """Unit rows ``[queries, d]``, and the rows of those that are scans of the store as they are now."""
-    from ..scan_files import file_facts
-
     model: Model | None = None
     rows: list[NDArray[np.float32]] = []
     own: list[int | None] = []
     for query in queries:
-        if not query.strip():
-            raise InputError("QUERY: an empty text; expected words, or a scan")
-        is_scan = query.endswith(SCANS) or is_dicom_source(query)
-        row = gallery.row_of(Path(query)) if is_scan else None
-        entry = gallery.entry(row) if row is not None else {}
-        if row is not None and file_facts(Path(query)) not in (None, (entry["bytes"], entry["changed_ns"])):
-            row = None  # another scan by now; what the store has of it is found, if it is near
+        scan = _scan(query)
+        row = gallery.row_of(scan) if scan is not None else None
+        if scan is not None and row is not None:
+            entry = gallery.entry(row)
+            if file_facts(scan) not in (None, (entry["bytes"], entry["changed_ns"])):
+                row = None  # another scan by now; what the store has of it is found, if it is near
         own.append(row)
         if row is not None:
             rows.append(np.asarray(gallery.matrix[row]))
             continue
         model = model or open_model(gallery, bundle, threads)
-        rows.append(model.embed_image(query, **gallery.identity.options) if is_scan else model.embed_text(query)[0])
+        rows.append(model.embed_text(str(query))[0] if scan is None else
+                    model.embed_image(scan, **gallery.identity.options))
     return np.stack(rows), own
+
+
+def _scan(query: str | ScanPath) -> ScanPath | None:
+    """The scan that a query names; None for a text."""
+    if isinstance(query, SliceFiles):
+        return query
+    if not str(query).strip():
+        raise InputError("QUERY: an empty text; expected words, or a scan")
+    return Path(query) if str(query).endswith(SCANS) or is_dicom_source(query) else None
 
 
 def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Model:

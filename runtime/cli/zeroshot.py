@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..model import load
+from ..scan_files import ScanPath
 from .options import (
     bundle_argument,
     json_option,
@@ -32,10 +33,13 @@ from .scoring import score_scans
 @model_options
 @preprocess_option
 def command(
-    bundle: Path, scans: tuple[Path, ...], classes: Path | None, as_json: bool, keep_going: bool, device: str,
+    bundle: Path, scans: tuple[ScanPath, ...], classes: Path | None, as_json: bool, keep_going: bool, device: str,
     threads: int | None, backend: str, precision: str, preprocess: str, no_verify: bool, **read_options: Any,
 ) -> int:
-    """Score each SCAN (.nii or .nii.gz) for every class: "X is present." against "X is not present."."""
+    """Score each SCAN for every class: "X is present." against "X is not present.".
+
+    A SCAN is a NIfTI file, a folder or zip of DICOM files, or several DICOM files: those of one folder are one scan.
+    """
     names = read_classes(classes)
     model = load(bundle, device, threads, not no_verify, backend, precision, preprocess)
     return score_scans(model, scans, lambda scan: model.zero_shot(scan, names, **read_options), as_json, keep_going)

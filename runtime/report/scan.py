@@ -17,7 +17,7 @@ from ..manifest import Preprocessing
 from ..model import Model
 from ..occlusion import Occlusion, occlude
 from ..results import Prepared, Scores
-from ..scan_files import file_facts, sha256_scan
+from ..scan_files import ScanPath, file_facts, sha256_scan
 from ..volume import ReadOptions, Volume, preprocess, read_scan
 from ..volume.options import AS_STORED, in_mm
 from .page import write_page
@@ -44,7 +44,7 @@ class PageOptions:
     read_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_scan_page(model: Model, path: Path, out: Path, options: PageOptions,
+def write_scan_page(model: Model, path: ScanPath, out: Path, options: PageOptions,
                     on_block: Callable[[int, int], None] = lambda done, of: None) -> tuple[Scores, Occlusion | None]:
     """Score a scan and write its page.
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import atomic_folder, writing_error
-from ..scan_files import path_text
+from ..scan_files import ScanPath, path_text
 from ..store.index import path_key
 from ..store.rows import Identity, schema
 from ..store.store import parts, read_info, read_part
@@ -54,7 +54,7 @@ class Gallery:
         """Of the scan."""
         return self._cell("path", row)
 
-    def row_of(self, path: Path) -> int | None:
+    def row_of(self, path: ScanPath) -> int | None:
         """Of a scan in the store."""
         row = pc.index(self.rows.column("path"), path_text(path.absolute())).as_py()
         return None if row < 0 else row

@@ -1,4 +1,4 @@
-"""Read a CT series from DICOM files: a folder, or a zip of one. Needs pydicom (``pip install '.[dicom]'``).
+"""Read a CT series from DICOM files: a folder, a zip of one, or a list. Needs pydicom (``pip install '.[dicom]'``).
 
 Which series, in which order, with which distances: whatever would have to be guessed is refused, with the file and its
 position. What can be mended by resampling is, if ``resample_irregular`` says so, and noted in the volume.
@@ -28,7 +28,7 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels.utils import pixel_array
 
 from ..errors import DcformerWarning, InputError, one_line
-from ..scan_files import file_facts
+from ..scan_files import ScanPath, SliceFiles, as_scan, file_facts, require_scan
 from .dicom_geometry import Placed, arrange
 from .geometry import reorient
 from .hounsfield import check_voxels
@@ -77,7 +77,7 @@ class _Header:
         return str(self.value(tag) or "")
 
 
-def read_dicom(path: str | Path, target_orientation: str, options: ReadOptions, needs_hounsfield: bool = True
+def read_dicom(source: str | ScanPath, target_orientation: str, options: ReadOptions, needs_hounsfield: bool = True
                ) -> Volume:
     """Read the one axial CT series of a source, or the one that ``options.series`` names.
 
@@ -87,7 +87,7 @@ def read_dicom(path: str | Path, target_orientation: str, options: ReadOptions, 
     Raises:
         InputError: no CT, several, slices that do not make a regular volume, or a damaged file.
     """
-    path = Path(path)
+    path = as_scan(source)
     if options.orientation not in (None, AS_STORED, target_orientation):
         raise InputError(f"orientation: {options.orientation!r}; expected {target_orientation!r} or {AS_STORED!r}")
     if options.metadata is not None:
@@ -126,8 +126,11 @@ def read_dicom(path: str | Path, target_orientation: str, options: ReadOptions, 
 # ------------------------------------------------------------------ files
 
 
-def _files(path: Path) -> Iterator[_File]:
-    """All files of a source but hidden ones; a zip is read in memory, nothing is unpacked to disk."""
+def _files(path: ScanPath) -> Iterator[_File]:
+    """All files of a list; else of a source but hidden ones; a zip is read in memory, nothing is unpacked to disk."""
+    if isinstance(path, SliceFiles):
+        yield from (_File(str(file), lambda file=file: file.open("rb")) for file in path.files)
+        return
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -162,16 +165,17 @@ def _member(path: Path, info: zipfile.ZipInfo) -> bytes:
         return member.read(info.file_size)
 
 
-def _read_headers(path: Path) -> list[_Header]:
+def _read_headers(path: ScanPath) -> list[_Header]:
     """Of all DICOM images; other files, such as DICOMDIR or pictures, are passed over."""
-    if not path.exists():
-        raise InputError(f"{path}: no such scan")
+    require_scan(path)
     found, others = [], 0
     for file in _files(path):
         try:
             with file.open() as stream:
                 dataset = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(_TAGS))
         except InvalidDicomError as error:
+            if isinstance(path, SliceFiles):
+                raise InputError(f"{file.name}: no DICOM file, or damaged; expected slices only in a list") from error
             if Path(file.name).suffix.lower() in _DICOM_SUFFIXES:
                 raise InputError(f"{file.name}: no DICOM file, though its name says nothing else: damaged, or to be "
                                  "moved away") from error
@@ -193,7 +197,7 @@ def _read_headers(path: Path) -> list[_Header]:
 # ------------------------------------------------------------------ series
 
 
-def _choose_series(path: Path, headers: Sequence[_Header], wanted: str | None) -> list[_Header]:
+def _choose_series(path: ScanPath, headers: Sequence[_Header], wanted: str | None) -> list[_Header]:
     series: defaultdict[str, list[_Header]] = defaultdict(list)
     for header in headers:
         series[header.text("SeriesInstanceUID")].append(header)
@@ -242,7 +246,7 @@ def _listed(series: dict[str, list[_Header]]) -> str:
     return ", ".join(f"{uid} ({len(group)} {group[0].text('Modality')} images)" for uid, group in series.items())
 
 
-def _common_plane(path: Path, headers: Sequence[_Header]) -> tuple[int, int, tuple[float, float]]:
+def _common_plane(path: ScanPath, headers: Sequence[_Header]) -> tuple[int, int, tuple[float, float]]:
     """Rows, columns and their distances in mm, which all slices must share."""
     shapes = [(_count(header, "Rows"), _count(header, "Columns"), _numbers(header, "PixelSpacing", 2))
               for header in headers]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..scan_files import ScanPath
 
 #: Directions may differ by rounding in the header (cosines).
 _SAME_DIRECTION = 1e-3
@@ -47,7 +48,8 @@ class Grid:
     notes: tuple[str, ...]
 
 
-def arrange(path: Path, slices: Sequence[Placed], spacing_yx: tuple[float, float], resample_irregular: bool) -> Grid:
+def arrange(path: ScanPath, slices: Sequence[Placed], spacing_yx: tuple[float, float], resample_irregular: bool
+            ) -> Grid:
     """Sort slices along their normal, and require that they make a regular volume.
 
     Raises:
@@ -103,7 +105,7 @@ def arrange(path: Path, slices: Sequence[Placed], spacing_yx: tuple[float, float
                 tuple(notes))
 
 
-def _directions(path: Path, slices: Sequence[Placed]) -> tuple[NDArray[np.float64], ...]:
+def _directions(path: ScanPath, slices: Sequence[Placed]) -> tuple[NDArray[np.float64], ...]:
     """Unit vectors along a row, along a column, and of the normal."""
     first = np.array(slices[0].orientation)
     for one in slices:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import DcformerWarning
 
 _ZIP = ".zip"
-_SUFFIXES = (_ZIP, ".dcm")
+_SLICES = (".dcm", ".ima")
 #: Behind a preamble of 128 bytes (DICOM PS3.10, 7.1).
 _MAGIC, _PREAMBLE = b"DICM", 128
 #: Files of other kinds, which need not be opened to know.
@@ -18,9 +18,9 @@ _OTHERS = (".nii", ".gz", ".csv", ".json", ".txt", ".png", ".jpg", ".pdf", ".xml
 
 
 def is_dicom_source(path: str | Path) -> bool:
-    """Whether a path would be read as DICOM: a folder, a zip, or a file that ends so."""
+    """Whether a path would be read as DICOM: a folder, a zip, or a slice."""
     # Not Path.is_dir, which raises where a name is too long.
-    return Path(path).suffix.lower() in _SUFFIXES or os.path.isdir(path)  # noqa: PTH112
+    return Path(path).suffix.lower() == _ZIP or os.path.isdir(path) or is_slice(Path(path))  # noqa: PTH112
 
 
 def find_dicom(folder: Path) -> Iterator[Path]:
@@ -34,12 +34,17 @@ def find_dicom(folder: Path) -> Iterator[Path]:
                     if name.lower().endswith(_ZIP) and not name.endswith(".prepared.zip"))
 
 
+def is_slice(path: Path) -> bool:
+    """Whether a file is a DICOM file, by its ending or its first bytes."""
+    return path.suffix.lower() in _SLICES or _is_dicom(path)
+
+
 def _told(error: OSError) -> None:
     warnings.warn(f"{error.filename}: cannot be searched for scans ({error.strerror})", DcformerWarning, stacklevel=4)
 
 
 def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in _OTHERS or not path.is_file():
+    if path.suffix.lower() in _OTHERS or not os.path.isfile(path):  # noqa: PTH113 (as above)
         return False
     try:
         with path.open("rb") as file:

@@ -11,6 +11,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..scan_files import ScanPath
 from .metadata import VolumeMetadata
 from .options import ReadOptions, expand_spacing, in_mm, require_spacing
 from .types import Spacing
@@ -103,7 +104,7 @@ def describe_turn(path: Path, affine: NDArray[np.float64]) -> str | None:
 
 
 def reorient(
-    path: Path, affine: NDArray[np.float64], stored: NDArray[Any], spacing: Spacing, target: str
+    path: ScanPath, affine: NDArray[np.float64], stored: NDArray[Any], spacing: Spacing, target: str
 ) -> tuple[NDArray[Any], Spacing]:
     """View the array, and order the spacing, in ``target`` directions; oblique scans go to the nearest axes.
 

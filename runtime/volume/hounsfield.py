@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DcformerWarning, InputError
+from ..scan_files import ScanPath
 from .types import Volume
 
 #: Air around the patient and lung. Every chest CT holds it; without the rescale intercept it lies near 0 or above.
@@ -50,7 +50,7 @@ class _Values:
     padding_share: float
 
 
-def check_voxels(path: Path, volume: Volume, needs_hounsfield: bool, explicit: bool) -> str | None:
+def check_voxels(path: ScanPath, volume: Volume, needs_hounsfield: bool, explicit: bool) -> str | None:
     """Refuse voxels that are not finite or cannot be Hounsfield units; a constant volume passes.
 
     Args:
@@ -88,7 +88,7 @@ def check_voxels(path: Path, volume: Volume, needs_hounsfield: bool, explicit: b
                      "(1 and 0 if the file is right as it is)")
 
 
-def _measure(path: Path, volume: Volume) -> _Values:
+def _measure(path: ScanPath, volume: Volume) -> _Values:
     stored = volume.stored
     slope, intercept = 1.0, 0.0
     for step in volume.scaling:

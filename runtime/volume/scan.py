@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..manifest import Preprocessing, TensorInfo
+from ..scan_files import ScanPath, SliceFiles
 from .dicom_source import is_dicom_source
 from .lines import scan_feeds
 from .nifti import read_nifti
@@ -19,14 +20,14 @@ from .preprocess import preprocess
 from .types import Volume
 
 
-def read_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_IN_FILE) -> Volume:
-    """Read a scan, refusing what the preprocessing needs and it does not tell: NIfTI, or DICOM (a folder, a zip).
+def read_scan(path: str | ScanPath, spec: Preprocessing, options: ReadOptions = AS_IN_FILE) -> Volume:
+    """Read a scan, refusing what the preprocessing needs and it does not tell: NIfTI or DICOM.
 
     Raises like ``read_nifti`` and ``read_dicom``.
     """
-    if is_prepared(path):
+    if isinstance(path, str | Path) and is_prepared(path):
         raise InputError(f"{path}: a prepared scan; here the scan itself is needed, as .nii or .nii.gz")
-    if is_dicom_source(path):
+    if isinstance(path, SliceFiles) or is_dicom_source(path):
         from .dicom import read_dicom  # an extra
 
         return read_dicom(path, spec.orientation, options, spec.intensity == "window")
@@ -45,21 +46,21 @@ def open_prepared(path: str | Path, spec: Preprocessing, inputs: Sequence[Tensor
     return read_prepared(Path(path), inputs, spec)
 
 
-def read_feeds(path: str | Path, inputs: Sequence[TensorInfo], spec: Preprocessing, options: ReadOptions = AS_IN_FILE,
-               threads: int = 1) -> dict[str, NDArray[np.floating]]:
+def read_feeds(path: str | ScanPath, inputs: Sequence[TensorInfo], spec: Preprocessing,
+               options: ReadOptions = AS_IN_FILE, threads: int = 1) -> dict[str, NDArray[np.floating]]:
     """What an image tower reads of a file, prepared or not. Raises like ``read_scan``, ``scan_feeds``."""
-    if is_prepared(path):
+    if isinstance(path, str | Path) and is_prepared(path):
         return open_prepared(path, spec, inputs, options).feeds
     return scan_feeds(inputs, read_scan(path, spec, options), spec, threads)
 
 
-def prepare_scan(path: str | Path, spec: Preprocessing, options: ReadOptions = AS_IN_FILE, threads: int = 1,
+def prepare_scan(path: str | ScanPath, spec: Preprocessing, options: ReadOptions = AS_IN_FILE, threads: int = 1,
                  inputs: Sequence[TensorInfo] = ()) -> NDArray[np.float32]:
     """Read and preprocess a file: ``[D, H, W]`` float32. Raises like ``read_nifti`` and ``preprocess``.
 
     Args:
         inputs: of the image tower; with them a file may be a prepared scan, whose volume is zero where none looks.
     """
-    if is_prepared(path) and inputs:
+    if inputs and isinstance(path, str | Path) and is_prepared(path):
         return as_volume(open_prepared(path, spec, inputs, options).feeds, spec)
     return preprocess(read_scan(path, spec, options), spec, threads)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 import scans
+from dcformer_deploy.benchmarks import entrants
 from dcformer_deploy.benchmarks import measure as module
 from dcformer_deploy.benchmarks.contenders import Entrant, Job
 from dcformer_deploy.benchmarks.entrants import NAMES, Field, choose_entrants
 from dcformer_deploy.benchmarks.measure import measure
 from dcformer_deploy.runtime import DcformerError, InputError
 from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.errors import DcformerWarning
 
 SHAPE = (64, 128, 128)
 
@@ -88,6 +90,14 @@ def test_int8_needs_its_graph(pristine_bundle: Path, calibrated: Path, tmp_path:
     chosen = choose_entrants(["openvino-int8"], Field(calibrated, None, 1), tmp_path)
     assert [(entrant.name, entrant.job.precision) for entrant in chosen] == [
         ("openvino-int8", "int8"), ("onnxruntime", "fp32")]
+
+
+def test_bfloat16_on_a_cpu_without(pristine_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The others are measured all the same."""
+    monkeypatch.setattr(entrants, "has_bfloat16", lambda: False)
+    with pytest.warns(DcformerWarning, match="--against openvino-bf16: left out; bf16: this CPU has no bfloat16 units"):
+        chosen = choose_entrants(["torch", "openvino-bf16"], Field(pristine_bundle, None, 1), tmp_path)
+    assert [entrant.name for entrant in chosen] == ["torch", "onnxruntime"]
 
 
 def test_from_a_file_to_scores(capsys: pytest.CaptureFixture[str], pristine_bundle: Path, checkpoint: Path, ct: Path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dcformer_deploy.runtime import InputError, load
+from dcformer_deploy.runtime.backends.openvino import NO_BFLOAT16, has_bfloat16
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.search import approximate, exact, recall
 from dcformer_deploy.runtime.search.gallery import FOLDER, open_gallery
@@ -159,6 +160,8 @@ def test_a_damaged_part_is_one_line(embedded: Path, tmp_path: Path, capsys):
 
 def test_a_store_in_a_precision_that_only_openvino_has(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
     pytest.importorskip("openvino")
+    if not has_bfloat16():
+        pytest.skip(NO_BFLOAT16)
     assert main(["embed", str(pristine_bundle), str(scans), "--out", str(tmp_path / "s"), "--backend", "openvino",
                  "--precision", "bf16"]) == 0
     capsys.readouterr()

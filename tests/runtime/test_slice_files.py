@@ -1,0 +1,185 @@
+"""DICOM files that are named one by one: those of a folder are one scan, for every command."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicoms import write_series
+
+from dcformer_deploy.runtime import InputError, Model, load
+from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.inputs import find_items, one_scan, slices_together
+from dcformer_deploy.runtime.scan_files import SliceFiles, as_scan, file_facts, path_text, sha256_scan
+from dcformer_deploy.runtime.store import read_store
+from scans import LPS_AFFINE, write
+
+
+@pytest.fixture(scope="module")
+def series(hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A regular series; not to be changed."""
+    folder = tmp_path_factory.mktemp("slices") / "series"
+    write_series(folder, hounsfield)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(model: Model, hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """Embedding of the same as NIfTI."""
+    return model.embed_image(write(tmp_path_factory.mktemp("nifti") / "scan.nii.gz", hounsfield, LPS_AFFINE))
+
+
+def _files(folder: Path) -> list[Path]:
+    found = sorted(folder.iterdir())
+    random.Random(3).shuffle(found)
+    return found
+
+
+def test_as_the_same_scan_in_other_forms(model: Model, series: Path, expected: np.ndarray):
+    files = _files(series)
+    np.testing.assert_array_equal(model.embed_image(files), expected)
+    np.testing.assert_array_equal(model.embed_image(tuple(map(str, files))), expected)
+    np.testing.assert_array_equal(model.embed_images([series, files, model.preprocess(files)]), [expected] * 3)
+    scored = model.zero_shot(files)
+    assert scored.scores == model.zero_shot(series).scores
+    assert scored.volume == f"{min(files)} and {len(files) - 1} other files"
+
+
+def test_files_of_several_folders(model: Model, series: Path, expected: np.ndarray, tmp_path: Path):
+    """As some archives lay a series out; other files beside them are not read."""
+    moved = []
+    for number, file in enumerate(_files(series)):
+        place = tmp_path / "export" / f"{number % 3}" / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        moved.append(shutil.copy(file, place))
+    (tmp_path / "export" / "0" / "other.dcm").write_bytes(b"damaged")
+    np.testing.assert_array_equal(model.embed_image(moved), expected)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda files: [], "an empty list of files"),
+    (lambda files: [*files, Path("x.nii.gz")], "x.nii.gz: a scan of its own in a list of files"),
+    (lambda files: [*files, files[0].parent], "series: a scan of its own in a list of files"),
+    (lambda files: [*files, files[0].with_name("none.dcm")], "none.dcm: no such scan"),
+    (lambda files: [*files, Path(__file__)], "test_slice_files.py: no DICOM file, or damaged; expected slices only"),
+    (lambda files: files[:1], "only 1 slices"),
+    (lambda files: sorted(files)[:4] + sorted(files)[-4:], "pass --resample-irregular|more than half"),
+    (lambda files: [1, *files], "scan: list; expected a path, a list of DICOM files"),
+    (lambda files: 7, "scan: int; expected a path"),
+])
+def test_refused(model: Model, series: Path, change, message: str):
+    with pytest.raises(InputError, match=message):
+        model.embed_image(change(_files(series)))
+
+
+def test_a_file_twice_is_one(series: Path):
+    files = sorted(series.iterdir())
+    assert as_scan([*files, *files]) == as_scan(files) == SliceFiles(tuple(reversed(files)))
+
+
+def test_names_facts_and_digests(series: Path, tmp_path: Path):
+    """Of all files of a folder as of the folder; lists are told apart though they begin and end alike."""
+    copy = Path(shutil.copytree(series, tmp_path / "copy"))
+    files = sorted(copy.iterdir())
+    whole, part = as_scan(files), as_scan([*files[:3], *files[4:]])
+    assert (file_facts(whole), sha256_scan(whole)) == (file_facts(copy), sha256_scan(copy))
+    assert sha256_scan(part) != sha256_scan(whole)
+    other = as_scan([*files[:4], *files[5:]])
+    assert path_text(part).startswith(f"{files[0]} and {len(files) - 2} other files (")
+    assert str(part) == str(other)
+    assert path_text(part) != path_text(other)
+    files[5].unlink()
+    assert file_facts(whole) is None
+
+
+def test_those_of_one_folder_are_together(series: Path, tmp_path: Path):
+    other = Path(shutil.copytree(series, tmp_path / "other"))
+    bare = other / "IM7"  # known by its content
+    next(iter(sorted(other.iterdir()))).rename(bare)
+    first, second = sorted(series.iterdir()), sorted(other.iterdir())
+    assert bare in second
+    alone = tmp_path / "alone.dcm"
+    named = ["a text", first[1], *second, "b.nii.gz", *map(str, first), alone, series]
+    assert slices_together(named) == [
+        "a text", SliceFiles(tuple(first)), SliceFiles(tuple(second)), "b.nii.gz", alone, series]
+    assert one_scan(first) == one_scan([f"{series}/*"]) == SliceFiles(tuple(first))
+    assert one_scan([series]) == series
+    with pytest.raises(InputError, match=r"and \d+ other files, .*: 2 scans; expected one"):
+        one_scan([*first, *second])
+    with pytest.raises(InputError, match=r"/\*\.ima: no file matches"):
+        one_scan([f"{series}/*.ima"])
+    assert [item.path for item in find_items([f"{tmp_path}/other/*", f"{series.parent}/*"], None, {})] == [
+        SliceFiles(tuple(second)), series]
+
+
+def test_zeroshot_and_report(pristine_bundle: Path, series: Path, tmp_path: Path, capsys):
+    files = list(map(str, _files(series)))
+    assert main(["zeroshot", str(pristine_bundle), *files, str(series), "--json"]) == 0
+    of_files, of_folder = json.loads(capsys.readouterr().out)
+    assert of_files["scores"] == of_folder["scores"]
+    page = tmp_path / "page.html"
+    arguments = ["report", str(pristine_bundle), *files, "--out", str(page), "--no-occlusion", "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == of_files["scores"]
+    assert str(series) not in page.read_text()
+    assert sha256_scan(series) in page.read_text()
+    page.unlink()
+    assert main([*arguments, str(series)]) == 2
+    assert "2 scans; expected one" in capsys.readouterr().err
+    assert not page.exists()
+
+
+def test_store_and_search(pristine_bundle: Path, series: Path, expected: np.ndarray, tmp_path: Path, capsys):
+    """The list is a row of its own; its folder has the same content; a list that changed is embedded again."""
+    copy = Path(shutil.copytree(series, tmp_path / "copy"))
+    files, store = list(map(str, _files(copy))), tmp_path / "store"
+    embed = ["embed", str(pristine_bundle), *files, "--out", str(store), "--json"]
+    counts = []
+    for more in ((), (), (str(copy),)):
+        assert main([*embed, *more]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        counts.append(tuple(figures[name] for name in ("embedded", "skipped", "copied")))
+    assert counts == [(1, 0, 0), (0, 1, 0), (0, 1, 1)]
+    np.testing.assert_array_equal(np.stack(read_store(store).column("embedding").to_numpy()), [expected] * 2)
+    assert main(["search", str(store), *files, "a nodule", "--json"]) == 0
+    by_scan, by_text = json.loads(capsys.readouterr().out)["results"]
+    assert [hit["path"] for hit in by_scan["hits"]] == [str(copy)]  # all but itself
+    assert len(by_text["hits"]) == 2
+    Path(files[0]).touch()
+    assert main(embed) == 0
+    assert json.loads(capsys.readouterr().out)["copied"] == 1
+
+
+def test_file_of_embeddings(pristine_bundle: Path, series: Path, expected: np.ndarray, tmp_path: Path):
+    out = tmp_path / "e.npz"
+    assert main(["embed", str(pristine_bundle), *map(str, _files(series)), "--out", str(out)]) == 0
+    with np.load(out) as found:
+        np.testing.assert_array_equal(found["embeddings"], [expected])
+
+
+def test_prepared(pristine_bundle: Path, series: Path, expected: np.ndarray, tmp_path: Path, capsys):
+    files = list(map(str, _files(series)))
+    prepare = ["prepare", str(pristine_bundle), *files, "--out", str(tmp_path / "p")]
+    assert main(prepare) == main(prepare) == 0
+    assert "0 prepared, 1 there already" in capsys.readouterr().out
+    (path,) = (tmp_path / "p").rglob("*.prepared.zip")
+    assert path.name == "series.nii.gz.prepared.zip"
+    assert float(load(pristine_bundle).embed_image(path) @ expected) > 0.99999
+
+
+def test_measured(pristine_bundle: Path, series: Path, capsys):
+    """A pattern, where a command takes one word; the original code, which reads NIfTI alone, is left out."""
+    assert main(["profile", str(pristine_bundle), "--scan", f"{series}/*", "--runs", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["phases_ms"]["read"] > 0
+    for scan in (series, f"{series}/*"):
+        assert main(["bench", str(pristine_bundle), "--scan", str(scan), "--runs", "3", "--json"]) == 0
+        told = capsys.readouterr()
+        assert "the original code reads NIfTI alone" in told.err
+        assert [row["name"] for row in json.loads(told.out)["contenders"]] == ["onnxruntime"]
+    for arguments in (["--against", "torch"], ["--load-only"]):
+        assert main(["bench", str(pristine_bundle), "--scan", str(series), *arguments]) == 2
+        assert "reads NIfTI alone" in capsys.readouterr().err
+    assert main(["bench", str(pristine_bundle), "--scan", "none.nii.gz"]) == 2
+    assert "none.nii.gz: no such scan" in capsys.readouterr().err
