@@ -155,7 +155,7 @@ def _on_ray(cluster: Cluster, model: Model, bundle: Path, scans: Sequence[Item],
 
 def _identity(model: Model) -> Identity:
     manifest = model.manifest
-    return Identity(manifest.digest, manifest.encoder, "fp32", manifest.embedding_dim,
+    return Identity(manifest.results_digest("fp32"), manifest.encoder, "fp32", manifest.embedding_dim,
                     manifest.zero_shot.classes if manifest.zero_shot else (), {})
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from .errors import DcformerError, DiskFull, InputError
 
 _CHUNK_BYTES = 1 << 20
+#: Characters of a name in that of its temporary folder, which must not be longer than names may be.
+_LONGEST_PREFIX = 40
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -136,7 +138,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise writing_error(path, error) from error
     try:

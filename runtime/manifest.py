@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
@@ -250,10 +251,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         listed = {record.path for record in self.files}
-        named = [name for graph in self.graphs for name in (graph.file, graph.weights) if name is not None]
-        named += [self.text.file] if self.text else []
-        named += [self.zero_shot.prompt_embeddings] if self.zero_shot else []
-        for name in named:
+        for name in sorted(self._named(self.graphs)):
             _require(name in listed, "files", name, "every named file listed with its sha256")
         side = self.input_size
         _require(self.preprocessing.shape_dhw == (side // 2, side, side), "input_size", side,
@@ -273,6 +271,21 @@ class Manifest:
     def digest(self) -> str:
         """What ``manifest.json`` calls ``manifest_sha256``: identifies the bundle in results."""
         return _digest(dataclasses.asdict(self))
+
+    def results_digest(self, precision: str) -> str:
+        """Identifies what makes results in a precision: other precisions may come and go."""
+        kept = tuple(graph for graph in self.graphs if graph.precision in ("fp32", precision))
+        names = self._named(kept)
+        return dataclasses.replace(
+            self, graphs=kept, files=tuple(sorted((record for record in self.files if record.path in names),
+                                                  key=lambda record: record.path)),
+            conversions=tuple(one for one in self.conversions if one.precision == precision)).digest
+
+    def _named(self, graphs: Sequence[Graph]) -> set[str]:
+        """Files that some graphs, the tokenizer and the prompts need."""
+        names = {name for graph in graphs for name in (graph.file, graph.weights) if name is not None}
+        names |= {self.text.file} if self.text else set()
+        return names | ({self.zero_shot.prompt_embeddings} if self.zero_shot else set())
 
     def graph(self, role: str, precision: str = "fp32", target: str = ANY_TARGET) -> Graph | None:
         """The graph of that role and precision for a target, else the one for any; None if there is none."""

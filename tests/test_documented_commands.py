@@ -30,7 +30,7 @@ _NEEDS = re.compile(r"mine/|--precision int8")
 #: Beginning of a command and what it is run with instead, or besides.
 SMALLER = {
     "export --encoder vit-tiny": {"512": "128"},
-    "bench --encoders all": {"all": "dcformer-nano", "512": "64"},
+    "bench --encoders all": {"all": "dcformer-nano", "512": "128"},
     "bench bundle/": {"--add": "--runs 3"},
     "calibrate": {"64": "3", "--add": "--samples 3 --method minmax --depthwise never"},
     "retention": {"--add": "--limit 2"},

@@ -11,6 +11,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import warnings
@@ -133,7 +134,7 @@ def _explain(error: Exception) -> tuple[str, int] | None:
         return str(error), error.exit_code
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "dcformer"
-        return f"{error.format_message()} (see {command} --help)", 2
+        return f"{error.format_message().rstrip('.')}{_meant(error)} (see {command} --help)", 2
     if isinstance(error, click.ClickException):
         return error.format_message(), 2
     if isinstance(error, click.Abort):
@@ -146,6 +147,13 @@ def _explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}", 2 if error.errno in _USERS_ERRORS else 3
     return None
+
+
+def _meant(error: click.UsageError) -> str:
+    """The nearest of an option's values, which click lists and does not suggest."""
+    values = error.param.type if isinstance(error, click.BadParameter) and error.param is not None else None
+    wrong = re.match("'(.*)' is not one of ", error.message)
+    return suggestion(wrong[1], map(str, values.choices)) if wrong and isinstance(values, click.Choice) else ""
 
 
 def _prepare_streams() -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ...benchmarks.evaluation.metrics import Estimate
     from ...benchmarks.evaluation.run import Embedder, Evaluation
 
+#: Scans of a kind that a bootstrap's interval needs to mean anything.
+_FEW = 10
+
 
 @click.command("evaluate")
 @bundle_argument
@@ -112,6 +115,10 @@ def _print(found: Evaluation, dataset: Path) -> None:
             for finding, count in found.positives.items()]
     rows.append(("mean", "", *(_text(one.mean_auroc) for one in judged)))
     print_table(f"{dataset}: AUROC on {found.scans} scans [95 % interval]", ("finding", "scans with it", *names), rows)
+    few = [finding for finding, count in found.positives.items() if 0 < min(count, found.scans - count) < _FEW]
+    if few:
+        click.echo(f"Fewer than {_FEW} scans with it or without: {', '.join(few)}; resampled, so few give intervals "
+                   "that are too narrow.")
     averages = [("F1, weighted", [one.f1 for one in judged]), ("accuracy", [one.accuracy for one in judged]),
                 ("precision, micro", [one.precision for one in judged]),
                 ("recall, micro", [one.recall for one in judged])]

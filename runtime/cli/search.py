@@ -42,9 +42,10 @@ _SHOWN_FINDINGS = 3
               help="Compare with every scan, or ask the index of `dcformer index`.  [default: the index, if there is "
                    f"one and the store has {_INDEX_FROM:,} scans]")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; default: all usable cores.")
+@click.option("--series", metavar="UID", help="Of several DICOM series of a QUERY, the one that is meant.")
 @json_option
 def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | None, exact: bool | None,
-            threads: int | None, as_json: bool) -> None:
+            threads: int | None, series: str | None, as_json: bool) -> None:
     """Find the scans in STORE that are nearest to texts or scans.
 
     A QUERY that ends like a scan's file (.nii, .nii.gz, .zip) or is a folder is a scan; it is not found itself.
@@ -65,7 +66,7 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
             measured = None
         display.stage("embedding the queries")
         asked = slices_together(queries)
-        embeddings, own = _embed(gallery, asked, bundle, threads)
+        embeddings, own = _embed(gallery, asked, bundle, threads, series)
         display.stage("searching")
         # One more, as a scan is the nearest to itself.
         if measured is None:
@@ -88,15 +89,16 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
             (hit["path"], f"{hit['cosine']:.4f}", _highest(hit["scores"])) for hit in rows))
 
 
-def _embed(gallery: Gallery, queries: Sequence[str | ScanPath], bundle: Path | None, threads: int | None
-           ) -> tuple[NDArray[np.float32], list[int | None]]:
+def _embed(gallery: Gallery, queries: Sequence[str | ScanPath], bundle: Path | None, threads: int | None,
+           series: str | None) -> tuple[NDArray[np.float32], list[int | None]]:
     """Unit rows ``[queries, d]``, and the rows of those that are scans of the store as they are now."""
     model: Model | None = None
     rows: list[NDArray[np.float32]] = []
     own: list[int | None] = []
+    options = {**gallery.identity.options, **({} if series is None else {"series": series})}
     for query in queries:
         scan = _scan(query)
-        row = gallery.row_of(scan) if scan is not None else None
+        row = gallery.row_of(scan) if scan is not None and options == gallery.identity.options else None
         if scan is not None and row is not None:
             entry = gallery.entry(row)
             if file_facts(scan) not in (None, (entry["bytes"], entry["changed_ns"])):
@@ -107,7 +109,7 @@ def _embed(gallery: Gallery, queries: Sequence[str | ScanPath], bundle: Path | N
             continue
         model = model or open_model(gallery, bundle, threads)
         rows.append(model.embed_text(str(query))[0] if scan is None else
-                    model.embed_image(scan, **gallery.identity.options))
+                    model.embed_image(scan, **options))
     return np.stack(rows), own
 
 
@@ -131,12 +133,11 @@ def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Mo
     folder = bundle or read_info(gallery.store)[1]
     if folder is None or not folder.exists():
         raise InputError(f"{folder or 'bundle'}: the bundle of {gallery.store} is not there; pass --bundle DIR")
-    opened = open_bundle(folder, verify=False)
-    digest = opened.manifest.digest
-    if digest != gallery.identity.manifest_sha256:
-        raise InputError(f"{folder}: not the bundle of {gallery.store} (manifest {digest[:12]}…, the store says "
-                         f"{gallery.identity.manifest_sha256[:12]}…); pass --bundle DIR")
-    precision = gallery.identity.precision
+    opened, precision = open_bundle(folder, verify=False), gallery.identity.precision
+    digest = opened.manifest.results_digest(precision)
+    if digest != gallery.identity.results_sha256:
+        raise InputError(f"{folder}: not the bundle of {gallery.store}, or no longer (its digest for {precision} is "
+                         f"{digest[:12]}…, the store says {gallery.identity.results_sha256[:12]}…); pass --bundle DIR")
     if any(opened.manifest.graph(role, precision, "onnxruntime") is None for role in ("image", "text")
            if opened.manifest.graph(role) is not None):
         click.echo(f"warning: queries are embedded in fp32: {folder} has no {precision} for onnxruntime", err=True)

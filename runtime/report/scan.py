@@ -160,6 +160,7 @@ def _reading(volume: Volume, spec: Preprocessing, digest: str, read_options: Map
     return [("sha256, as in stores", digest), ("voxels (H x W x D)", " x ".join(map(str, volume.stored.shape))),
             ("spacing (H x W x D)", in_mm(volume.spacing_hwd_mm)), *_extent(volume, spec),
             ("orientation", volume.orientation),
+            ("orientation in the file", volume.stored_orientation or "not told"),
             ("stored values", str(volume.stored.dtype)), ("to Hounsfield units", maps or "none"),
             ("done to it", "what stands above" if volume.notes else "nothing"),
             ("said by the caller", given or "nothing")]

@@ -16,11 +16,12 @@ from ..manifest import PRECISIONS
 class Identity:
     """What all rows of a store have in common; results of another identity are refused.
 
-    ``manifest_sha256``: of the bundle. ``options``: how scans were read, where the caller knew better than the files.
-    ``classes``: of the scores, in their order; empty where the bundle has no prompts.
+    ``results_sha256``: of the bundle, as ``Manifest.results_digest`` has it. ``options``: how scans were read, where
+    the caller knew better than the files. ``classes``: of the scores, in their order; empty where the bundle has no
+    prompts.
     """
 
-    manifest_sha256: str
+    results_sha256: str
     encoder: str
     precision: str
     embedding_dim: int

@@ -30,7 +30,7 @@ from pydicom.pixels.utils import pixel_array
 from ..errors import DcformerWarning, InputError, one_line
 from ..scan_files import ScanPath, SliceFiles, as_scan, file_facts, require_scan
 from .dicom_geometry import Placed, arrange
-from .geometry import reorient
+from .geometry import axis_codes, reorient
 from .hounsfield import check_voxels
 from .nifti import MAX_VOXELS
 from .options import AS_STORED, ReadOptions, expand_spacing
@@ -43,7 +43,8 @@ _DICOM_SUFFIXES = ("", ".dcm", ".ima")
 _ENHANCED_CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2.1"
 _TAGS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "ImageType", "Rows",
          "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope",
-         "RescaleIntercept", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames")
+         "RescaleIntercept", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
+         "FrameOfReferenceUID")
 #: A zip that unpacks to more is refused, as is one that grows by more than pixels can.
 _LARGEST_ZIP_BYTES, _LARGEST_RATIO = 8 << 30, 200
 #: Fewer slices are a localizer or a fragment, not a scan of a chest.
@@ -110,15 +111,16 @@ def read_dicom(source: str | ScanPath, target_orientation: str, options: ReadOpt
     if options.spacing is not None:
         spacing = expand_spacing(options.spacing)
     orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
+    affine = _LPS_TO_RAS @ grid.affine
     if orientation != AS_STORED:
-        stored, spacing = reorient(path, _LPS_TO_RAS @ grid.affine, stored, spacing, target_orientation)
+        stored, spacing = reorient(path, affine, stored, spacing, target_orientation)
     own = LinearMap(1.0 if options.slope is None else options.slope,
                     0.0 if options.intercept is None else options.intercept)
     if file_facts(path) != before:
         raise InputError(f"{path}: changed while it was read; wait until it is written, then read it again")
     for note in grid.notes:
         warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=3)
-    volume = Volume(path.name, stored, (scaling, own), spacing, orientation, grid.notes)
+    volume = Volume(path.name, stored, (scaling, own), spacing, orientation, grid.notes, axis_codes(affine))
     doubt = check_voxels(path, volume, needs_hounsfield, options.slope is not None and options.intercept is not None)
     return volume if doubt is None else replace(volume, notes=(*grid.notes, doubt))
 
@@ -221,14 +223,16 @@ def _choose_series(path: ScanPath, headers: Sequence[_Header], wanted: str | Non
 def _problem(group: Sequence[_Header]) -> str | None:
     """Why a series is no axial CT; None if it is one."""
     first = group[0]
-    frames = first.value("NumberOfFrames") or 1
-    if first.text("SOPClassUID") == _ENHANCED_CT_STORAGE or not isinstance(frames, int) or frames != 1:
+    count = first.value("NumberOfFrames") or 1
+    if first.text("SOPClassUID") == _ENHANCED_CT_STORAGE or not isinstance(count, int) or count != 1:
         return "a multi-frame image; convert it to one file per slice"
     for header in group:
         if header.text("Modality") != "CT" or header.text("SOPClassUID") not in ("", _CT_STORAGE):
             return f"images of modality {header.text('Modality') or 'unknown'} among {len(group)}, not CT"
     if len({header.text("PatientID") for header in group}) > 1:
         return "images of several patients under one UID"
+    if len(frames := {header.text("FrameOfReferenceUID") for header in group}) > 1:
+        return f"positions in {len(frames)} frames of reference, which cannot be compared"
     if any("LOCALIZER" in map(str.upper, map(str, header.value("ImageType") or ())) for header in group):
         return f"{len(group)} images with a localizer among them ({_localizer(group)})"
     if len(group) < _FEWEST_SLICES:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..scan_files import ScanPath
 from .metadata import VolumeMetadata
 from .options import ReadOptions, expand_spacing, in_mm, require_spacing
-from .types import Spacing
+from .types import Spacing, Volume
 
 _MILLIMETRE_CODES = (0, 2)  # NIfTI xyzt_units: unknown, which everyone takes for mm, and mm
 #: pixdim and affine may differ by rounding in the writing program, not by more (relative).
@@ -25,6 +25,8 @@ _LARGEST_LEAN_DEGREES, _LARGEST_TURN_DEGREES = 1.0, 5.0
 #: so does SimpleITK where nothing else was said.
 LPS_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _REMEDY = "pass --spacing X Y Z, or --metadata CSV for CT-RATE"
+#: Sides of what a scan of a chest covers, from infants to whole bodies.
+_SMALLEST_EXTENT_MM, _LARGEST_EXTENT_MM = 60.0, 2200.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,22 @@ def describe_turn(path: Path, affine: NDArray[np.float64]) -> str | None:
     if turn <= _LARGEST_TURN_DEGREES:
         return None
     return f"turned by up to {turn:.0f} degrees against the patient's axes, and read along the nearest of them"
+
+
+def axis_codes(affine: NDArray[np.float64]) -> str | None:
+    """Directions of the stored axes, such as "RAS"; None where the affine does not tell."""
+    if not np.isfinite(affine).all() or None in (codes := aff2axcodes(affine)):
+        return None
+    return "".join(map(str, codes))
+
+
+def describe_extent(volume: Volume) -> str | None:
+    """A note on a scan that is no chest by its size, so that its spacing may be wrong; None for others."""
+    sides = [count * mm for count, mm in zip(volume.stored.shape, volume.spacing_hwd_mm, strict=True)]
+    if all(_SMALLEST_EXTENT_MM <= side <= _LARGEST_EXTENT_MM for side in sides):
+        return None
+    covered = " x ".join(f"{side:.0f}" for side in sides)
+    return f"covers {covered} mm (H x W x D), which no scan of a chest does: is the spacing right?"
 
 
 def reorient(

@@ -51,7 +51,7 @@ class _Values:
 
 
 def check_voxels(path: ScanPath, volume: Volume, needs_hounsfield: bool, explicit: bool) -> str | None:
-    """Refuse voxels that are not finite or cannot be Hounsfield units; a constant volume passes.
+    """Refuse voxels that are not finite or cannot be Hounsfield units; a constant volume passes, with a warning.
 
     Args:
         needs_hounsfield: false to refuse only those that are not finite.
@@ -64,7 +64,11 @@ def check_voxels(path: ScanPath, volume: Volume, needs_hounsfield: bool, explici
         InputError: NaN, infinity, or values that no CT of a chest has.
     """
     found = _measure(path, volume)
-    if not needs_hounsfield or found.lowest_hu == found.highest_hu:
+    if found.lowest_hu == found.highest_hu:
+        doubt = f"all voxels are {found.lowest_hu:g}: nothing is to be seen in it"
+        warnings.warn(f"{path}: {doubt}", DcformerWarning, stacklevel=4)
+        return doubt
+    if not needs_hounsfield:
         return None
     span = f"the values go from {found.lowest_hu:g} to {found.highest_hu:g}"
     if found.highest_hu > HIGHEST_HU:

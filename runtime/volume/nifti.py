@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import DcformerWarning, InputError
 from ..files import require_file
-from .geometry import LPS_AFFINE, Geometry, choose_spacing, describe_turn, reorient
+from .geometry import LPS_AFFINE, Geometry, axis_codes, choose_spacing, describe_turn, reorient
 from .hounsfield import check_voxels
 from .metadata import VolumeMetadata, read_metadata
 from .options import AS_IN_FILE, AS_STORED, ReadOptions
@@ -84,6 +84,7 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
     stored = _read_voxels(path, header, shape, before)
     orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
     notes: tuple[str, ...] = ()
+    codes = None if header.geometry.is_blank else axis_codes(header.geometry.affine)
     if orientation != AS_STORED:
         affine = LPS_AFFINE if header.geometry.is_blank else header.geometry.affine
         stored, spacing = reorient(path, affine, stored, spacing, target_orientation)
@@ -91,7 +92,8 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
         if note is not None and note is not _BLANK:
             warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=2)
         notes = () if note is None else (note,)
-    volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation, notes)
+    volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation, notes,
+                    codes)
     doubt = check_voxels(path, volume, needs_hounsfield,
                          explicit=options.slope is not None and options.intercept is not None)
     return volume if doubt is None else replace(volume, notes=(*notes, doubt))

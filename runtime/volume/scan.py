@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import DcformerWarning, InputError
 from ..manifest import Preprocessing, TensorInfo
 from ..scan_files import ScanPath, SliceFiles
 from .dicom_source import is_dicom_source
+from .geometry import describe_extent
 from .lines import scan_feeds
 from .nifti import read_nifti
 from .options import AS_IN_FILE, ReadOptions
@@ -30,11 +33,16 @@ def read_scan(path: str | ScanPath, spec: Preprocessing, options: ReadOptions = 
     if isinstance(path, SliceFiles) or is_dicom_source(path):
         from .dicom import read_dicom  # an extra
 
-        return read_dicom(path, spec.orientation, options, spec.intensity == "window")
-    if options.series is not None:
+        volume = read_dicom(path, spec.orientation, options, spec.intensity == "window")
+    elif options.series is not None:
         raise InputError(f"{path}: --series chooses among DICOM series; this is none")
-    return read_nifti(path, spec.orientation, options, needs_hounsfield=spec.intensity == "window",
-                      needs_spacing=spec.resampling == "to_spacing")
+    else:
+        volume = read_nifti(path, spec.orientation, options, needs_hounsfield=spec.intensity == "window",
+                            needs_spacing=spec.resampling == "to_spacing")
+    if spec.resampling == "to_spacing" and (doubt := describe_extent(volume)) is not None:
+        warnings.warn(f"{path}: {doubt}", DcformerWarning, stacklevel=2)
+        volume = replace(volume, notes=(*volume.notes, doubt))
+    return volume
 
 
 def open_prepared(path: str | Path, spec: Preprocessing, inputs: Sequence[TensorInfo], options: ReadOptions

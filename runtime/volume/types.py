@@ -36,7 +36,8 @@ class Volume:
     rescale slope and intercept. They are applied piecewise, so that no full-size float copy is ever made.
     ``spacing_hwd_mm``: distance between voxel centres along H, W, D. ``name``: for messages.
     ``orientation``: for example "LPS"; what the manifest asks for, unless the caller said "as-stored".
-    ``notes``: what was done to the voxels that is no mere reading, such as interpolation of missing slices.
+    ``notes``: what was done to the voxels that is no mere reading, such as interpolation of missing slices, and what is
+    odd about them. ``stored_orientation``: of the file's axes, x, y, z; None where it does not tell.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Volume:
     spacing_hwd_mm: Spacing
     orientation: str
     notes: tuple[str, ...] = ()
+    stored_orientation: str | None = None
 
     def hounsfield(self, stored: NDArray[Any]) -> NDArray[np.float32]:
         """HU of a piece of ``stored``, in the original's order of operations.

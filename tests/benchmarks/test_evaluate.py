@@ -102,6 +102,7 @@ def test_table(phantoms: Path, pristine_bundle: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     for expected in ("AUROC on 3 scans", "Pleural effusion", "mean", "F1, weighted", "image to report R@10"):
         assert expected in printed
+    assert "Fewer than 10 scans with it or without: " in printed
 
 
 def test_unreadable_volume_is_reported(phantoms_copy: Path, pristine_bundle: Path, capsys: pytest.CaptureFixture[str]):

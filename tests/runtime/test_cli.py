@@ -161,6 +161,8 @@ def test_help_of_every_command(capsys, name: str):
 def test_usage_errors(capsys, pristine_bundle: Path):
     refuse(capsys, "no command 'zerosht'; did you mean 'zeroshot'", "zerosht")
     refuse(capsys, "--fast", "zeroshot", pristine_bundle, "a.nii", "--fast")
+    refuse(capsys, "'fp61' is not one of .*'int8'; did you mean 'fp16'", "zeroshot", pristine_bundle, "a.nii",
+           "--precision", "fp61")
     refuse(capsys, "SCAN", "zeroshot", pristine_bundle)
     refuse(capsys, "no such bundle", "zeroshot", "/nowhere", "a.nii")
     refuse(capsys, "--out e.txt: expected FILE.npz, or", "embed", pristine_bundle, "a.nii", "--out", "e.txt")
@@ -284,8 +286,9 @@ def test_bench_with_another_checkpoint(capsys, pristine_bundle: Path, tmp_path: 
 
 def test_constant_scan_is_allowed(capsys, pristine_bundle: Path, tmp_path: Path):
     scan = write(tmp_path / "a.nii.gz", np.zeros((30, 30, 30), np.int16))
-    code, out, _ = run(capsys, "zeroshot", pristine_bundle, scan, "--json")
+    code, out, err = run(capsys, "zeroshot", pristine_bundle, scan, "--json")
     assert code == 0 and all(0 < score < 1 for score in json.loads(out)[0]["scores"].values())
+    assert f"warning: {scan}: all voxels are 0: nothing is to be seen in it" in err
 
 
 def test_scan_options(capsys, pristine_bundle: Path, hounsfield: np.ndarray, model: Model, tmp_path: Path):

@@ -149,6 +149,10 @@ def _patients(k: int, dataset: Any) -> None:
     dataset.PatientID = str(k // 15)
 
 
+def _frames(k: int, dataset: Any) -> None:
+    dataset.FrameOfReferenceUID = f"1.2.{1 + k // 20}"
+
+
 def _one_without(k: int, dataset: Any) -> None:
     if k == 7:
         del dataset.RescaleIntercept
@@ -176,6 +180,7 @@ def _no_slope(k: int, dataset: Any) -> None:
     ({"change": _modality}, "no CT scan in it: .*images of modality MR among 30, not CT"),
     ({"change": _one_mr}, "images of modality MR among 30"),
     ({"change": _patients}, "images of several patients under one UID"),
+    ({"change": _frames}, "positions in 2 frames of reference, which cannot be compared"),
     ({"change": _one_without}, "no RescaleIntercept, which 29 other slices have"),
     ({"change": _coronal}, "the slices are not axial"), ({"change": _no_slope}, "RescaleSlope is 0; expected a usable"),
 ])
@@ -234,7 +239,7 @@ def test_notes_reach_the_user_and_the_store(pristine_bundle: Path, hounsfield: n
     assert "interpolated along the slices" in told
     rows = {Path(row["path"]).name: row for row in read_store(tmp_path / "t").to_pylist()}
     assert "interpolated along the slices" in rows["gap"]["notes"]
-    assert rows["good"]["notes"] is None
+    assert rows["good"]["notes"].startswith("covers 36 x 29 x 51 mm")  # and nothing else
     assert main(arguments) == 2  # again: nothing has changed
     assert "2 there already, 0 failed, 1 failed before (--retry tries them again)" in capsys.readouterr().out
 

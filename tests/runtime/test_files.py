@@ -76,6 +76,15 @@ def test_old_folder_returns_if_the_exchange_fails(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_names_as_long_as_they_may_be(tmp_path: Path):
+    name = "n" * 255
+    with atomic_file(tmp_path / name) as temporary:
+        temporary.write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(OSError, match="File name too long"):
+        require_writable_file(tmp_path / f"{name}n")
+
+
 def test_place_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write here"), atomic_file(tmp_path / "file" / "x"):

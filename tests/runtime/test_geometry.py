@@ -1,13 +1,14 @@
 """Spacings and directions that a scan cannot have, or that whoever reads its results must know of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dcformer_deploy.runtime import InputError
+from dcformer_deploy.runtime import InputError, Model
 from dcformer_deploy.runtime.errors import DcformerWarning
-from dcformer_deploy.runtime.volume import ReadOptions, read_nifti
+from dcformer_deploy.runtime.volume import ReadOptions, read_nifti, read_scan
 from scans import LPS_AFFINE, SPACING, write
 
 
@@ -41,6 +42,30 @@ def test_a_patient_who_lies_askew(degrees: float, told: str | None, hounsfield: 
     with pytest.warns(DcformerWarning, match=told):
         (note,) = read_nifti(path).notes
     assert told in note
+
+
+def test_sizes_that_no_chest_has(model: Model, hounsfield: np.ndarray, tmp_path: Path):
+    """40 x 36 x 30 voxels; within (60 mm, 2.2 m) nothing is said, and nowhere where spacing does not matter."""
+    spec, path = model.manifest.preprocessing, write(tmp_path / "a.nii", hounsfield)
+    for mm, told in ((3, None), (0.5, "20 x 18 x 15 mm"), (99, "covers 3960 x 3564 x 2970 mm (H x W x D)")):
+        options = ReadOptions(spacing=(mm, mm, mm))
+        if told is None:
+            assert read_scan(path, spec, options).notes == ()
+            continue
+        with pytest.warns(DcformerWarning, match="which no scan of a chest does: is the spacing right"):
+            (note,) = read_scan(path, spec, options).notes
+        assert told in note
+    whole = replace(spec, resampling="to_shape")
+    assert read_scan(path, whole, ReadOptions(spacing=(0.5, 0.5, 0.5))).notes == ()
+
+
+def test_how_the_file_stores_its_axes(hounsfield: np.ndarray, tmp_path: Path):
+    for affine, codes in ((LPS_AFFINE, "LPS"), (np.diag([2.0, 2.0, 2.0, 1.0]), "RAS"),
+                          (np.array([[0, 0, 2, 0], [2, 0, 0, 0], [0, -2, 0, 0], [0, 0, 0, 1.0]]), "AIR")):
+        volume = read_nifti(write(tmp_path / "a.nii", hounsfield, affine), options=ReadOptions(spacing=SPACING))
+        assert (volume.stored_orientation, volume.orientation) == (codes, "LPS")
+    blank = write(tmp_path / "b.nii", hounsfield, np.eye(4))
+    assert read_nifti(blank, options=ReadOptions(spacing=SPACING)).stored_orientation is None
 
 
 def test_axes_that_are_not_at_right_angles(hounsfield: np.ndarray, tmp_path: Path):

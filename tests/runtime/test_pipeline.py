@@ -18,6 +18,7 @@ from fake_gpu import install, kernels_on_host
 
 from dcformer_deploy.runtime import InferenceError, Model, load
 from dcformer_deploy.runtime.backends import sampler
+from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.embedding_job import EmbeddingJob
 from dcformer_deploy.runtime.inputs import Item
@@ -62,7 +63,7 @@ def test_rows_are_the_answers_of_one_scan_at_a_time(pristine_bundle: Path, folde
         np.testing.assert_allclose(row["scores"], list(model.zero_shot(path).scores.values()), atol=2e-6)
         assert (row["orientation"], row["bytes"]) == ("LPS", path.stat().st_size)
         assert len(row["shape_hwd"]) == len(row["spacing_hwd_mm"]) == 3
-    assert json.loads(table.schema.metadata[b"dcformer"])["manifest_sha256"] == model.manifest.digest
+    assert json.loads(table.schema.metadata[b"dcformer"])["results_sha256"] == model.manifest.results_digest("fp32")
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -107,6 +108,21 @@ def test_again_only_what_is_new_or_changed(pristine_bundle: Path, folder: Path, 
     assert rows["f.nii.gz"]["embedding"] == rows["b.nii.gz"]["embedding"]
     assert main(["embed", str(pristine_bundle), str(folder), "--out", str(tmp_path / "s"), "--slope", "2"]) == 2
     assert "a store of other results: its options is {}" in capsys.readouterr().err
+
+
+def test_a_store_outlives_the_calibration_of_its_bundle(pristine_bundle: Path, calibrated: Path, scans: Path,
+                                                        tmp_path: Path, capsys):
+    digests = [{name: open_bundle(bundle).manifest.results_digest(name) for name in ("fp32", "fp16", "int8")}
+               for bundle in (pristine_bundle, calibrated)]
+    assert len(set(digests[0].values())) == 1  # there is nothing but fp32
+    assert len(set(digests[1].values())) == 3
+    assert digests[0]["fp32"] == digests[1]["fp32"] != open_bundle(calibrated).manifest.digest
+    one = scans / "a.nii.gz"
+    assert _counts(_run(capsys, 0, pristine_bundle, one, "--out", tmp_path / "s"))[0] == 1
+    assert _counts(_run(capsys, 0, calibrated, one, "--out", tmp_path / "s")) == (0, 0, 0, 1)
+    assert main(["search", str(tmp_path / "s"), "Emphysema.", "--bundle", str(calibrated)]) == 0
+    assert main(["embed", str(calibrated), str(one), "--out", str(tmp_path / "s"), "--precision", "fp16"]) == 2
+    assert "a store of other results: its results_sha256 is" in capsys.readouterr().err
 
 
 def test_names_that_are_no_text(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):

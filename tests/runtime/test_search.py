@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from dcformer_deploy.runtime import InputError, load
 from dcformer_deploy.runtime.backends.openvino import NO_BFLOAT16, has_bfloat16
+from dcformer_deploy.runtime.bundle import open_bundle, write_manifest
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.search import approximate, exact, recall
 from dcformer_deploy.runtime.search.gallery import FOLDER, open_gallery
@@ -258,8 +260,9 @@ def test_an_index_that_misses_its_recall(embedded: Path, tmp_path: Path, capsys,
     (("{store}", "text", "--bundle", "{none}"), "is not there; pass --bundle"),
     (("{store}", "text", "--bundle", "{other}"), "not the bundle of"),
 ])
-def test_refused(embedded: Path, calibrated: Path, tmp_path: Path, capsys, arguments: tuple, message: str):
-    names = {"store": embedded, "none": tmp_path / "none", "other": calibrated}
+def test_refused(embedded: Path, bundle_copy: Path, tmp_path: Path, capsys, arguments: tuple, message: str):
+    write_manifest(bundle_copy, replace(open_bundle(bundle_copy).manifest, created="later"))
+    names = {"store": embedded, "none": tmp_path / "none", "other": bundle_copy}
     assert main(["search", *(argument.format(**names) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
 

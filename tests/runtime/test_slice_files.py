@@ -147,6 +147,13 @@ def test_store_and_search(pristine_bundle: Path, series: Path, expected: np.ndar
     by_scan, by_text = json.loads(capsys.readouterr().out)["results"]
     assert [hit["path"] for hit in by_scan["hits"]] == [str(copy)]  # all but itself
     assert len(by_text["hits"]) == 2
+    uid = write_series(copy / "other", np.zeros((36, 30, 20), np.int16))
+    search = ["search", str(store), str(copy), "--json"]
+    assert main(search) == 2
+    assert "2 CT series; choose one with --series UID" in capsys.readouterr().err
+    assert main([*search, "--series", uid]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["results"]
+    assert len(found["hits"]) == 2  # of another series than the one in the store
     Path(files[0]).touch()
     assert main(embed) == 0
     assert json.loads(capsys.readouterr().out)["copied"] == 1

@@ -72,7 +72,7 @@ def test_the_last_row_of_a_path_counts(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("changes", "field"), [
-    ({"manifest_sha256": "b" * 64}, "manifest_sha256"), ({"precision": "fp16"}, "precision"),
+    ({"results_sha256": "b" * 64}, "results_sha256"), ({"precision": "fp16"}, "precision"),
     ({"classes": ("Emphysema",)}, "classes"), ({"options": {}}, "options")])
 def test_results_of_another_identity_are_refused(tmp_path: Path, changes: dict, field: str):
     with Store(tmp_path / "s", IDENTITY):
