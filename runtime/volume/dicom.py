@@ -175,6 +175,7 @@ def _read_headers(path: ScanPath) -> list[_Header]:
         try:
             with file.open() as stream:
                 dataset = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(_TAGS))
+            list(dataset)  # values are decoded when they are asked for, and are now
         except InvalidDicomError as error:
             if isinstance(path, SliceFiles):
                 raise InputError(f"{file.name}: no DICOM file, or damaged; expected slices only in a list") from error

@@ -69,14 +69,15 @@ _TAGS = (
 )
 
 
-def _score(seeds: Seeds, random: Random, scan: str, more: Sequence[str] = ()) -> Case:
-    """One of the commands that take a scan."""
+def _score(seeds: Seeds, random: Random, scan: str, more: Sequence[str] = (), files: Sequence[str] = ()) -> Case:
+    """One of the commands that take a scan, by its name or by those of its files."""
+    words = list(files) or [scan]
     if random.random() < 0.1:
-        words = ["report", str(seeds.bundle), scan, "--out", "r.html", "--blocks", "8", "--json", *more]
+        words = ["report", str(seeds.bundle), *words, "--out", "r.html", "--blocks", "8", "--json", *more]
         return Case(words, outputs=("r.html",))
     if random.random() < 0.7:
-        return Case(["zeroshot", str(seeds.bundle), scan, "--json", *more])
-    return Case(["embed", str(seeds.bundle), scan, "--out", "e.npz", *more], outputs=("e.npz",))
+        return Case(["zeroshot", str(seeds.bundle), *words, "--json", *more])
+    return Case(["embed", str(seeds.bundle), *words, "--out", "e.npz", *more], outputs=("e.npz",))
 
 
 def header(random: Random, seeds: Seeds, folder: Path) -> Case:
@@ -173,7 +174,7 @@ def gz(random: Random, seeds: Seeds, folder: Path) -> Case:
 
 
 def dicom(random: Random, seeds: Seeds, folder: Path) -> Case:
-    """DICOM folders: tags with other values, damaged, missing, doubled and foreign files, links in circles."""
+    """DICOM folders and lists: tags with other values, damaged, missing, doubled, foreign files, links in circles."""
     place = Path(shutil.copytree(seeds.dicom, folder / "d"))
     files = sorted(place.iterdir())
     chosen = random.sample(files, random.choice((1, 1, 2, len(files))))
@@ -197,8 +198,13 @@ def dicom(random: Random, seeds: Seeds, folder: Path) -> Case:
         other.parent.mkdir(parents=True, exist_ok=True)
         other.write_bytes(random.choice((b"", b"hello", bytes(200), files[0].read_bytes()[:300])))
         (place / "loop").symlink_to(random.choice((".", "..", "loop", "/dev/zero", "nowhere")))
+    named = [f"d/{file.name}" for file in (files if random.random() < 0.5 else sorted(place.iterdir()))]
     return _score(
-        seeds, random, "d", random.choice(([], [], ["--resample-irregular"], ["--series", text(random)[:60]]))
+        seeds,
+        random,
+        "d",
+        random.choice(([], [], ["--resample-irregular"], ["--series", text(random)[:60]])),
+        named if random.random() < 0.3 else (),
     )
 
 

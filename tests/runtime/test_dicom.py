@@ -318,6 +318,17 @@ def test_slices_without_a_size(hounsfield: np.ndarray, tmp_path: Path, value: in
         _read(tmp_path / "s")
 
 
+def test_a_value_in_a_representation_that_is_none(hounsfield: np.ndarray, tmp_path: Path):
+    """Bytes that name no type of value, found by fuzzing; pydicom tells when the value is asked for."""
+    write_series(tmp_path / "s", hounsfield)
+    file = tmp_path / "s" / "0003"
+    content = file.read_bytes()
+    assert content.count(b"\x08\x00\x08\x00CS") == 1
+    file.write_bytes(content.replace(b"\x08\x00\x08\x00CS", b"\x08\x00\x08\x00CR"))
+    with pytest.raises(InputError, match="0003: damaged DICOM file .*'CR'"):
+        _read(tmp_path / "s")
+
+
 def test_a_slice_far_away(hounsfield: np.ndarray, tmp_path: Path):
     positions = [-400 + 1.7 * k for k in range(hounsfield.shape[2])]
     positions[-1] = 1e8
