@@ -6,35 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
+from commands import refuse, run
 
-from dcformer_deploy.runtime import Model, load
-from dcformer_deploy.runtime.cli.app import COMMANDS, main
-from golden import NANO
+from dcformer_deploy.runtime import Model
+from dcformer_deploy.runtime.cli.app import COMMANDS
 from scans import LPS_AFFINE, write
 
 DCFORMER = Path(sys.executable).parent / "dcformer"
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def refuse(capsys: pytest.CaptureFixture[str], message: str, *arguments: object, code: int = 2) -> None:
-    """Exit code 2, nothing on standard output, and exactly one line of error."""
-    found, out, err = run(capsys, *arguments)
-    assert (found, out) == (code, "")
-    lines = [line for line in err.splitlines() if line and not line.startswith("warning: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    assert re.search(message, lines[0]), lines[0]
 
 
 # ---------------------------------------------------------------- the good way
@@ -125,24 +108,6 @@ def test_inspect(capsys, pristine_bundle: Path):
     code, out, _ = run(capsys, "inspect", pristine_bundle)
     assert code == 0 and "dcformer-nano" in out and "intact: every file matches its sha256" in out
     assert json.loads(run(capsys, "inspect", pristine_bundle, "--json")[1])["encoder"] == "dcformer-nano"
-
-
-def test_export_prints_error_and_cosine(capsys, checkpoint: Path, tokenizer_folder: Path, ct: Path, tmp_path: Path):
-    code, out, err = run(capsys, "export", checkpoint, "--tokenizer", tokenizer_folder, "--out", tmp_path / "b",
-                         "--check-scan", ct)
-    assert code == 0 and err == ""
-    assert "largest relative error" in out and "1 - cosine" in out and "image_embedding" in out
-    assert "dcformer-nano, input size 128, reduction channel" in out
-
-
-def test_untrained_weights_are_announced(capsys, ct: Path, tokenizer_folder: Path, tmp_path: Path):
-    arguments = NANO.arguments()
-    arguments.untrained = True
-    torch.save({"model": NANO.state_dict(), "args": arguments}, tmp_path / "c.pth")
-    assert run(capsys, "export", tmp_path / "c.pth", "--tokenizer", tokenizer_folder, "--out", tmp_path / "b",
-               "--json")[0] == 0
-    code, out, err = run(capsys, "zeroshot", tmp_path / "b", ct, "--json")
-    assert code == 0 and len(json.loads(out)) == 1 and "untrained weights: its scores mean nothing" in err
 
 
 def test_version(capsys):
@@ -266,18 +231,6 @@ def test_names_that_are_no_text(pristine_bundle: Path, ct: Path, tmp_path: Path)
         assert done.returncode == 0 and b"scan" in done.stdout, done.stderr
 
 
-def test_termination_leaves_nothing_behind(checkpoint: Path, tmp_path: Path):
-    """As a container does it: SIGTERM in the middle of an export."""
-    process = subprocess.Popen([DCFORMER, "export", checkpoint, "--no-tokenizer", "--out", tmp_path / "new" / "b"],
-                               stderr=subprocess.PIPE)
-    while not list(tmp_path.rglob("image.fp32.onnx")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(60) == 143
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_bench_with_another_checkpoint(capsys, pristine_bundle: Path, tmp_path: Path):
     other = tmp_path / "other.pth"
     other.write_bytes(b"x")
@@ -323,49 +276,6 @@ def test_unusable_classes_files(capsys, pristine_bundle: Path, ct: Path, tmp_pat
     refuse(capsys, message, "zeroshot", pristine_bundle, ct, "--classes", path)
 
 
-def test_force_replaces_bundles_only(capsys, checkpoint: Path, tmp_path: Path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("x")
-    for name in ("thesis", "file"):
-        refuse(capsys, "is not what this would replace", "export", checkpoint, "--no-tokenizer", "--force", "--out",
-               tmp_path / name)
-    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "years of work"
-
-
-def test_pickle_bomb(capsys, tmp_path: Path):
-    class Bomb:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
-
-    torch.save({"model": Bomb()}, tmp_path / "c.pth")
-    refuse(capsys, "would call posix.system", "export", tmp_path / "c.pth", "--no-tokenizer", "--out", tmp_path / "b")
-    assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]
-
-
-def test_export_errors(capsys, checkpoint: Path, tokenizer_folder: Path, bundle_copy: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    refuse(capsys, "--tokenizer DIR is needed", "export", checkpoint, "--out", out)
-    refuse(capsys, "exclude each other", "export", checkpoint, "--out", out, "--tokenizer", "x", "--no-tokenizer")
-    refuse(capsys, "exists already", "export", checkpoint, "--out", bundle_copy, "--no-tokenizer")
-    refuse(capsys, "no such checkpoint", "export", tmp_path / "none.pth", "--out", out, "--no-tokenizer")
-    refuse(capsys, "no such tokenizer folder", "export", checkpoint, "--out", out, "--tokenizer", tmp_path / "none")
-    refuse(capsys, "no such scan", "export", checkpoint, "--out", out, "--no-tokenizer", "--check-scan", tmp_path / "x")
-    (tmp_path / "file").write_text("")
-    refuse(capsys, "cannot write here|exists already", "export", checkpoint, "--out", tmp_path / "file" / "b",
-           "--no-tokenizer")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "file"]
-
-
-def test_failed_comparison_exits_with_one(capsys, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from dcformer_deploy.export import verify
-
-    monkeypatch.setattr(verify, "TOLERANCE", 1e-12)
-    refuse(capsys, "differs from PyTorch: .* by", "export", checkpoint, "--out", tmp_path / "b", "--no-tokenizer",
-           code=1)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_device_that_is_not_there_exits_with_three(capsys, pristine_bundle: Path, ct: Path):
     import onnxruntime
 
@@ -385,23 +295,3 @@ def test_interruption(capsys, pristine_bundle: Path, ct: Path, monkeypatch: pyte
     monkeypatch.setattr(Model, "embed_image", interrupt)
     refuse(capsys, "interrupted", "embed", pristine_bundle, ct, "--out", tmp_path / "e.npz", code=130)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_rewrites_are_shown_and_can_be_left_out(capsys, checkpoint: Path, tmp_path: Path):
-    out = tmp_path / "bundle"
-    assert main(["export", str(checkpoint), "--no-tokenizer", "--out", str(out), "--input", "volume", "--target",
-                 "any", "--without-rewrite", "fold_layer_scale", "--show-rewrites"]) == 0
-    shown = capsys.readouterr().out
-    assert "compose_stem" in shown and "Rewrites of the image tower" in shown
-    assert not {"line_input", "stream_planes", "fold_layer_scale"} & set(shown.split())
-    model = load(out)
-    assert [info.name for info in model.manifest.graphs[0].inputs] == ["volume"]
-    assert [rewrite.rule for rewrite in model.manifest.rewrites] == [
-        "mlp_to_convolutions", "fold_projection", "sink_transposes", "compose_stem", "merge_branches"]
-    assert main(["inspect", str(out)]) == 0
-    assert "compose_stem" in capsys.readouterr().out
-
-
-def test_unknown_rewrite(capsys, checkpoint: Path, tmp_path: Path):
-    refuse(capsys, "rewrite rule 'fold': unknown", "export", checkpoint, "--no-tokenizer", "--out", tmp_path / "b",
-           "--without-rewrite", "fold")
