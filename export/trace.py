@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import onnx
 import torch
@@ -117,14 +118,17 @@ def _drop_metadata(proto: onnx.ModelProto) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter logs about torchvision, which no model here uses, and warns about torch's own internals."""
+    """The exporter logs about torchvision, which no model here uses, and warns about torch's own internals.
+
+    A graph that it gives up on it prints on standard error, pages of it; our line says where it gave up.
+    """
     loggers = {name: logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.fx", "torch.export",
                                                           "torch._dynamo", "torch.fx.experimental.symbolic_shapes")}
     levels = {name: logger.level for name, logger in loggers.items()}
     for logger in loggers.values():
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             for category in (DeprecationWarning, FutureWarning, UserWarning):
                 warnings.simplefilter("ignore", category)
             yield

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, DiskFull, InputError
-from .files import atomic_file, is_full
+from .files import atomic_file, is_full, writing_error
 from .inputs import find_items, slices_together
 from .model import Model
 from .scan_files import ScanPath, SliceFiles, file_facts, path_text, require_scan, sha256_scan
@@ -128,7 +128,8 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
             raise
         except (InputError, DiskFull, OSError) as failure:
             if is_full(failure):
-                raise DiskFull(f"{failure}; what is prepared is kept") from failure
+                told = writing_error(task.out, failure) if isinstance(failure, OSError) else failure
+                raise DiskFull(f"{told}; what is prepared is kept") from failure
             counts["failed"] += 1
             error = str(failure)
         on_scan(task.path, error)

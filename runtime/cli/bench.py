@@ -11,7 +11,6 @@ import click
 
 from ..backends import Options
 from ..backends.base import DEVICES, MOST_THREADS
-from ..bundle import open_bundle
 from ..errors import InputError
 from ..files import require_file, require_writable_file, require_writable_folder, sha256_file
 from ..scan_files import ScanPath
@@ -100,22 +99,30 @@ def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Pat
     if load_only and scan is None:
         raise InputError("--load-only needs --scan SCAN")
     assert bundle is not None
-    _bench_bundle(bundle, against, checkpoint, scan, load_only, runs, thread_count, page, as_json)
+    from ...benchmarks.entrants import Field
+
+    _bench_bundle(Field(bundle, checkpoint, thread_count, scan), against, load_only, runs, page, as_json)
 
 
-def _bench_bundle(bundle: Path, against: str | None, checkpoint: Path | None, scan: ScanPath | None, load_only: bool,
-                  runs: int, threads: int, page: Path | None, as_json: bool) -> None:
-    from ...benchmarks.entrants import Field, choose_entrants, loading_entrants
+def _require_checkpoint(field: Field) -> None:
+    """Raise InputError if a checkpoint is given that is not the bundle's."""
+    if field.checkpoint is None:
+        return
+    source = field.manifest.source
+    weights = field.checkpoint / (source.file or "") if field.checkpoint.is_dir() else field.checkpoint
+    require_file(weights, "checkpoint")
+    if (found := sha256_file(weights)) != source.sha256:
+        raise InputError(f"{weights}: sha256 {found[:12]}…, but {field.bundle} was made from {source}; pass that one, "
+                         "or none")
+
+
+def _bench_bundle(field: Field, against: str | None, load_only: bool, runs: int, page: Path | None, as_json: bool
+                  ) -> None:
+    from ...benchmarks.entrants import choose_entrants, loading_entrants
     from ...benchmarks.measure import measure
 
-    manifest = open_bundle(bundle).manifest
-    if checkpoint is not None:
-        weights = checkpoint / (manifest.source.file or "") if checkpoint.is_dir() else checkpoint
-        require_file(weights, "checkpoint")
-        if (found := sha256_file(weights)) != manifest.source.sha256:
-            raise InputError(f"{weights}: sha256 {found[:12]}…, but {bundle} was made from {manifest.source}; pass "
-                             "that one, or none")
-    field = Field(bundle, checkpoint, threads, scan)
+    _require_checkpoint(field)
+    manifest, scan = field.manifest, field.scan
     names = [name.strip() for name in against.split(",")] if against is not None else _default_rivals(field)
     with tempfile.TemporaryDirectory() as folder, progress() as display:
         entrants = (loading_entrants(field) if load_only else

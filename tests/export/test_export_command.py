@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import refuse, run
 
+from dcformer_deploy.export import registry
 from dcformer_deploy.runtime import load
 from dcformer_deploy.runtime.cli.app import main
 from golden import NANO
@@ -103,6 +104,26 @@ def test_rewrites_are_shown_and_can_be_left_out(capsys, checkpoint: Path, tmp_pa
         "mlp_to_convolutions", "fold_projection", "sink_transposes", "compose_stem", "merge_branches"]
     assert main(["inspect", str(out)]) == 0
     assert "compose_stem" in capsys.readouterr().out
+
+
+class _Branching(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.project = torch.nn.AvgPool3d((16, 32, 32)), torch.nn.Conv3d(1, 64, 1)
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        if volume.sum() > 0:
+            volume = volume + 1
+        return self.project(self.pool(volume)).permute(0, 1, 3, 4, 2)
+
+
+def test_an_encoder_that_cannot_be_traced(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    registry.all_encoders()
+    monkeypatch.setitem(registry._REGISTRY, "branching", registry.EncoderSpec(
+        "branching", build=lambda size: _Branching(), channels=64, stride_dhw=(16, 32, 32)))
+    refuse(capsys, "the image tower cannot be traced: .* line [0-9]+. Its forward must not branch on values", "export",
+           "--encoder", "branching", "--random-weights", "0", "--input-size", "64", "--out", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_rewrite(capsys, checkpoint: Path, tmp_path: Path):
