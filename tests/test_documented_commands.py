@@ -40,8 +40,8 @@ SMALLER = {
     "phantom --n 1 ": {"--add": "--force"},
     "evaluate bundle/ prepared/": {"prepared/": "prepared"},
 }
-#: Part of a command, a space behind it, and how it ends that needs more than this machine has; elsewhere 0. Both where it
-#: depends on the machine.
+#: Part of a command, a space behind it, and how it ends that needs more than this machine has; elsewhere 0. Several
+#: where it depends on the machine.
 ENDS: dict[str, tuple[int, ...]] = {
     "--device cuda": (2, 3), "--ray auto": (2, 3), "--engine-library tensorrt ": (3,),
     "build bundle/ --precision": (0, 2, 3), "classify bundle/": (2,), "sensitivity": (0, 1),

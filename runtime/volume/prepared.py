@@ -78,7 +78,7 @@ def write_prepared(path: Path, scan: PreparedScan, spec: Preprocessing, origin: 
     """
     import zarr
     from zarr.codecs import BloscCodec
-    from zarr.storage import ZipStore
+    from zarr.storage import MemoryStore
 
     arrays = {name: _to_16_bits(array, spec, values) for name, array in scan.feeds.items()}
     about = {"format": FORMAT, **_purpose(spec, {name: array.shape for name, array in arrays.items()}),
@@ -86,14 +86,18 @@ def write_prepared(path: Path, scan: PreparedScan, spec: Preprocessing, origin: 
              "scan": {field.name: getattr(scan, field.name) for field in dataclasses.fields(scan)
                       if field.name != "feeds"}}
     codec = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")
-    with atomic_file(path) as temporary:
-        with ZipStore(temporary, mode="w") as store:
-            group = zarr.create_group(store, attributes=about)
-            for name, array in arrays.items():
-                chunk = (1, 1, -(-array.shape[2] // _CHUNKS), *array.shape[3:])
-                group.create_array(name, data=array, chunks=chunk, compressors=codec)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+    # Not into a ZipStore: where the disk is full, what Zarr still has to write opens the file again, after its end.
+    content: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(content), attributes=about)
+    for name, array in arrays.items():
+        chunk = (1, 1, -(-array.shape[2] // _CHUNKS), *array.shape[3:])
+        group.create_array(name, data=array, chunks=chunk, compressors=codec)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, value in sorted(content.items()):
+                archive.writestr(zipfile.ZipInfo(name), value.to_bytes())  # of no date: the same scan, the same file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_origin(path: Path) -> tuple[Origin, Values]:

@@ -95,6 +95,16 @@ def test_tables_go_along_and_metadata_are_not_applied_again(pristine_bundle: Pat
     assert model.prepare(out / files[0]).spacing_hwd_mm == (0.5, 0.5, 1.5)
 
 
+def test_the_same_scan_gives_the_same_file(pristine_bundle: Path, scans: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch):
+    files = []
+    for name, now in (("a", 1.0e9), ("b", 1.5e9)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        assert main(["prepare", str(pristine_bundle), str(scans / "a.nii.gz"), "--out", str(tmp_path / name)]) == 0
+        files.append((tmp_path / name / "a.nii.gz.prepared.zip").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_again_only_what_has_changed(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
     data = Path(shutil.copytree(scans, tmp_path / "data"))
     (data / "x.nii.gz").write_bytes(b"no gzip")
