@@ -34,6 +34,7 @@ from ..runtime.manifest import (
     Text,
     ZeroShotTask,
 )
+from ..runtime.scan_files import ScanPath
 from ..runtime.text import Tokenizer
 from ..runtime.volume import prepare_scan
 from .checkpoints import Checkpoint, read_checkpoint
@@ -65,7 +66,7 @@ class ExportOptions:
     ``own_tokenizer``, else leaves the text tower without texts and prompts.
     ``classes``: names for zero-shot prompts and detector outputs; None = CT-RATE's 18.
     ``input_size``, ``reduction``: only where the checkpoint does not tell.
-    ``check_scan``: a NIfTI file for the comparison with PyTorch; None = the CT that this package carries.
+    ``check_scan``: a scan for the comparison with PyTorch; None = the CT that this package carries.
     ``license``: of the weights, for the manifest.
     ``without_rewrites``: names of rewrite rules (``rules.pipeline.RULE_NAMES``) not to apply to the image tower.
     ``targets``: back ends on which the image tower is to be fast on this machine's CPU; rules that only pay on some are
@@ -76,7 +77,7 @@ class ExportOptions:
     classes: Sequence[str] | None = None
     input_size: int | None = None
     reduction: Reduction | None = None
-    check_scan: Path | None = None
+    check_scan: ScanPath | None = None
     license: str | None = None
     overwrite: bool = False
     own_tokenizer: bool = True

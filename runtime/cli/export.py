@@ -10,8 +10,9 @@ import click
 from ..backends.base import CPU_BACKENDS
 from ..errors import InputError
 from ..manifest import ANY_TARGET, REDUCTIONS, Reduction
+from ..scan_files import ScanPath
 from .inspect import print_agreement, print_rewrites
-from .options import json_option, read_classes
+from .options import SCAN, json_option, read_classes
 from .output import print_json, progress
 
 
@@ -30,7 +31,7 @@ from .output import print_json, progress
               help="Volumes of (S/2, S, S); for random weights, and where the checkpoint does not tell.")
 @click.option("--reduction", type=click.Choice(REDUCTIONS),
               help="For random weights, and where the checkpoint does not tell.")
-@click.option("--check-scan", type=click.Path(path_type=Path), metavar="SCAN",
+@click.option("--check-scan", type=SCAN, metavar="SCAN",
               help="CT for the comparison with PyTorch, instead of the one that comes with this program.")
 @click.option("--license", "weights_license", metavar="TEXT", help="Licence of the weights, for the manifest.")
 @click.option("--input", "reads", type=click.Choice(["lines", "volume"]), default="lines", show_default=True,
@@ -47,7 +48,7 @@ from .output import print_json, progress
 def command(
     checkpoint: Path | None, out: Path, tokenizer: Path | None, encoder: str | None, seed: int | None,
     no_tokenizer: bool, classes: Path | None, input_size: int | None, reduction: Reduction | None,
-    check_scan: Path | None, weights_license: str | None, reads: str, targets: tuple[str, ...],
+    check_scan: ScanPath | None, weights_license: str | None, reads: str, targets: tuple[str, ...],
     without: tuple[str, ...], show_rewrites: bool, force: bool, as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, or random weights, into a bundle.

@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import refuse, run
+from dicoms import write_series
 
 from dcformer_deploy.export import registry
 from dcformer_deploy.runtime import load
@@ -23,6 +25,14 @@ def test_export_prints_error_and_cosine(capsys, checkpoint: Path, tokenizer_fold
     assert code == 0 and err == ""
     assert "largest relative error" in out and "1 - cosine" in out and "image_embedding" in out
     assert "dcformer-nano, input size 128, reduction channel" in out
+
+
+@pytest.mark.thorough
+def test_compared_on_dicom(capsys, checkpoint: Path, hounsfield: np.ndarray, tmp_path: Path):
+    write_series(tmp_path / "s", hounsfield)
+    assert run(capsys, "export", checkpoint, "--no-tokenizer", "--out", tmp_path / "b", "--check-scan",
+               tmp_path / "s" / "*", "--without-rewrite", "stream_planes")[0] == 0
+    assert load(tmp_path / "b").manifest.agreement
 
 
 def test_untrained_weights_are_announced(capsys, ct: Path, tokenizer_folder: Path, tmp_path: Path):
