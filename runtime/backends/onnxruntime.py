@@ -6,6 +6,7 @@ have.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,16 @@ def import_onnxruntime() -> Any:
             raise KeyboardInterrupt from error
         raise MissingDependency("no inference library: onnxruntime is not installed (or broken: "
                                 f"{error}); {install('cpu')} (or [cuda])") from error
+    _hush()
     return onnxruntime
+
+
+@functools.cache
+def _hush() -> None:
+    """Once, so that whoever wants its log can have it: what belongs to no session, such as its memory, logs, too."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(_FATAL_LEVEL)
 
 
 class OnnxRuntimeBackend:

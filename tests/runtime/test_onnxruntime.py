@@ -5,11 +5,12 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 
 from dcformer_deploy.runtime.backends import onnxruntime as backend
 from dcformer_deploy.runtime.backends.base import Options
-from dcformer_deploy.runtime.errors import DcformerWarning, DeviceUnavailable, MissingDependency
+from dcformer_deploy.runtime.errors import BundleError, DcformerWarning, DeviceUnavailable, MissingDependency
 
 
 def test_both_distributions_at_once_are_announced(monkeypatch: pytest.MonkeyPatch):
@@ -24,6 +25,22 @@ def test_one_distribution_is_fine(recwarn: pytest.WarningsRecorder):
     assert len(backend.installed_distributions()) == 1
     backend.import_onnxruntime()
     assert not recwarn.list
+
+
+def test_the_library_prints_nothing_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Found by fuzzing: a tensor that no memory holds, which the log of no session tells of."""
+    starts = onnx.TensorProto(name="starts", data_type=onnx.TensorProto.INT64, dims=[2**62], raw_data=b"")
+    numbers = [onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [1], [value]) for name, value in (
+        ("ends", 2), ("axes", 0))]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Slice", ["x", "starts", "ends", "axes"], ["y"])], "g",
+        [value("x", onnx.TensorProto.FLOAT, [4])], [value("y", onnx.TensorProto.FLOAT, [None])], [starts, *numbers])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match="refuses it"):
+        backend.OnnxRuntimeBackend(tmp_path / "g.onnx", Options())
+    assert capfd.readouterr() == ("", "")
 
 
 class _Library:
