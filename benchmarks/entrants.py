@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from ..runtime.backends import Options
@@ -18,6 +19,8 @@ from .contenders import Entrant, Job, bundle, loading, pytorch_eager
 
 #: The bundle itself, which always runs.
 OWN = "onnxruntime"
+#: Why it is missing where the scan is DICOM, or prepared.
+NIFTI_ALONE = "the original code reads NIfTI alone, so PyTorch is not measured beside the bundle"
 #: The export that any tool would make.
 _NAIVE = "naive"
 
@@ -59,7 +62,7 @@ class Field:
         """Whether the original code could read the scan, if there is one."""
         return self.scan is None or (isinstance(self.scan, Path) and self.scan.name.endswith((".nii", ".nii.gz")))
 
-    @property
+    @cached_property
     def manifest(self) -> Manifest:
         """Of the bundle."""
         return open_bundle(self.bundle).manifest
@@ -121,7 +124,8 @@ def gpu_entrants(names: Sequence[str], field: Field) -> list[Entrant]:
     """From a preprocessed volume, or from a scan's file, on the GPU: PyTorch eager in float32, and engines.
 
     Args:
-        names: of ``benchmarks.gpu.contenders.names_of``; others than "torch-fp32" and engines are left out.
+        names: of ``benchmarks.gpu.contenders.names_of``; others than engines and "torch-fp32", where it can read the
+            scan, are left out.
     """
     manifest = field.manifest
     job = Job(str(field.bundle), str(field.checkpoint) if field.checkpoint else None, field.threads,

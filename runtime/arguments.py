@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from .errors import InferenceError, InputError
 from .manifest import Preprocessing
+from .results import Prepared
+from .scan_files import as_scan
 
 
 def require_preprocessed(volumes: NDArray[Any], spec: Preprocessing) -> None:
@@ -57,3 +59,10 @@ def require_finite(where: str, names: Sequence[str], arrays: Sequence[NDArray[An
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InferenceError(f"{where}: {name} is not finite; in fp16 values beyond 65504 overflow (use another "
                                  "--precision), in fp32 the weights are damaged (export the bundle again)")
+
+
+def scan_name(scan: Any) -> str:
+    """What results call a scan: its path or paths, or "array"."""
+    if isinstance(scan, Prepared):
+        return scan.volume
+    return "array" if isinstance(scan, np.ndarray) else str(as_scan(scan))

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import csv
 import glob
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import InputError
 from .files import require_file
-from .scan_files import ScanPath, SliceFiles, require_scan
+from .scan_files import ScanPath, SliceFiles, require_scan, together
 from .volume.dicom_source import is_slice
 from .volume.folder import find_scans
 
 #: Columns of a list that may hold the path.
 PATH_COLUMNS = ("path", "volume", "file")
 _LISTS = (".csv", ".parquet")
+_T = TypeVar("_T", bound=str | SliceFiles)
 
 
 @dataclass(frozen=True)
@@ -34,55 +36,62 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
 
     Args:
         inputs: scans; folders, in CT-RATE's layout or any other; patterns with ``*``; CSV or Parquet files with a
-            column ``path``, relative to the list's own folder; DICOM files, of which those of one folder are one scan.
+            column ``path``, relative to the list's own folder. DICOM files of one folder are one scan, however they
+            are named.
         split: "valid" or "train", where a folder in CT-RATE's layout holds both.
         options: how to read every scan, as in ``Model.preprocess``; on top of what a folder's table of metadata says.
 
     Raises:
         InputError: nothing there, a list without a column of paths, a folder without scans.
     """
+    named: list[tuple[ScanPath, Path | None]] = []
+    for given in inputs:
+        named += _expand(given, split)
+    metadata = {path: table for path, table in named if table is not None}
     found = []
-    for given in slices_together(inputs):
-        for path, metadata in _expand(given, split):
-            own = {} if metadata is None else {"metadata": metadata}
-            found.append(Item(path.absolute(), {**own, **options}))
+    for path in slices_together(path for path, _ in named):
+        own = {"metadata": metadata[path]} if path in metadata else {}
+        found.append(Item(path.absolute(), {**own, **options}))
     if not found:
         raise InputError("no scan in what was given")
     return found
 
 
-def slices_together(inputs: Iterable[str | ScanPath]) -> list[str | ScanPath]:
+def slices_together(paths: Iterable[_T | ScanPath]) -> list[_T | ScanPath]:
     """DICOM files of one folder as one scan, where the first of them stood; everything else as it is.
 
     A file alone stays what it is: a scan with too few slices, which whoever reads it will say.
     """
-    folders: defaultdict[Path, list[Path]] = defaultdict(list)
-    found: list[str | ScanPath | list[Path]] = []
-    for given in inputs:
-        if isinstance(given, SliceFiles) or not is_slice(Path(given)):
-            found.append(given)
+    folders: defaultdict[str, list[Path]] = defaultdict(list)
+    found: list[_T | ScanPath | list[Path]] = []
+    for path in paths:
+        if not isinstance(path, Path) or not is_slice(path):
+            found.append(path)
             continue
-        slices = folders[Path(given).absolute().parent]
+        slices = folders[os.path.realpath(path.parent)]
         if not slices:
             found.append(slices)
-        slices.append(Path(given))
-    return [one if not isinstance(one, list) else SliceFiles(tuple(one)) if len(one) > 1 else one[0] for one in found]
+        slices.append(path)
+    return [together(one) if isinstance(one, list) else one for one in found]
 
 
-def one_scan(given: Sequence[str | ScanPath]) -> ScanPath:
+def one_scan(given: Iterable[str | ScanPath]) -> ScanPath:
     """The scan that is meant: a path, DICOM files of one folder, or a pattern that matches such.
 
     Raises:
         InputError: several scans, or nothing that matches.
     """
-    found = [path for path in given if isinstance(path, SliceFiles)]
+    found: list[ScanPath] = []
     for path in given:
-        if not isinstance(path, SliceFiles):
-            found += [Path(path)] if Path(path).exists() or not glob.has_magic(str(path)) else _matches(str(path))
+        found += _matches(str(path)) if _is_pattern(path) else [path if isinstance(path, SliceFiles) else Path(path)]
     scans = slices_together(found)
     if len(scans) > 1:
         raise InputError(f"{scans[0]}, {scans[1]}{', …' if len(scans) > 2 else ''}: {len(scans)} scans; expected one")
-    return scans[0] if isinstance(scans[0], SliceFiles) else Path(scans[0])
+    return scans[0]
+
+
+def _is_pattern(given: str | ScanPath) -> bool:
+    return not isinstance(given, SliceFiles) and glob.has_magic(str(given)) and not os.path.exists(given)  # noqa: PTH110
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -95,25 +104,22 @@ def _matches(pattern: str) -> list[Path]:
 def require_there(inputs: Iterable[str | ScanPath]) -> None:
     """Raise InputError if something that was named is not there; of patterns ``find_items`` tells."""
     for given in inputs:
-        if isinstance(given, SliceFiles) or not glob.has_magic(str(given)):
+        if not _is_pattern(given):
             require_scan(given if isinstance(given, SliceFiles) else Path(given))
 
 
-def _expand(named: str | ScanPath, split: str | None) -> Iterator[tuple[ScanPath, Path | None]]:
-    if isinstance(named, SliceFiles):
-        yield named, None
+def _expand(given: str | ScanPath, split: str | None) -> Iterator[tuple[ScanPath, Path | None]]:
+    if isinstance(given, SliceFiles):
+        yield given, None
         return
-    given, path = str(named), Path(named)
+    path = Path(given)
     if path.is_dir():
         yield from find_scans(path, split)
     elif path.suffix.lower() in _LISTS:
         yield from ((entry, None) for entry in _read_list(path))
-    elif not path.exists() and glob.has_magic(given):
-        for match in slices_together(_matches(given)):
-            if isinstance(match, Path) and match.is_dir():
-                yield from _expand(match, split)
-            else:
-                yield match if isinstance(match, SliceFiles) else Path(match), None
+    elif _is_pattern(given):
+        for match in _matches(str(given)):
+            yield from _expand(match, split) if match.is_dir() else [(match, None)]
     else:
         # One that is not there is a failed scan of its own, as is one that cannot be read.
         yield path, None

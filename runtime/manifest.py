@@ -269,11 +269,11 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """What ``manifest.json`` calls ``manifest_sha256``: identifies the bundle in results."""
+        """What ``manifest.json`` calls ``manifest_sha256``: identifies the bundle as it is."""
         return _digest(dataclasses.asdict(self))
 
     def results_digest(self, precision: str) -> str:
-        """Identifies what makes results in a precision: other precisions may come and go."""
+        """Identifies what makes results by the graphs of a precision: other precisions may come and go."""
         kept = tuple(graph for graph in self.graphs if graph.precision in ("fp32", precision))
         names = self._named(kept)
         return dataclasses.replace(

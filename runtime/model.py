@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ahead import ahead
-from .arguments import class_names, require_finite, require_preprocessed, require_tokens
+from .arguments import class_names, require_finite, require_preprocessed, require_tokens, scan_name
 from .backends import Backend, Options, open_graph
 from .backends.base import AUTO, EngineBackend
 from .backends.choose import choose_backend
@@ -86,6 +86,11 @@ class Model:
     def precision(self) -> str:
         """Of the graphs that run."""
         return self._options.precision
+
+    @property
+    def results_digest(self) -> str:
+        """Of the bundle, as ``Manifest.results_digest``, for the graphs that run."""
+        return self.manifest.results_digest(self._options.graph_precision)
 
     def describe(self) -> str:
         """Inference library, version and device of the image tower; opens it if need be."""
@@ -173,8 +178,8 @@ class Model:
 
     def embed_images(self, scans: Iterable[Scan], **read_options: Any) -> NDArray[np.float32]:
         """Image embeddings ``[n, 512]``, the next scan read while one is computed. Raises like ``embed_image``."""
-        if isinstance(scans, str | Path):
-            raise InputError("scans: one path; expected a list of scans, or use embed_image")
+        if isinstance(scans, str | Path | SliceFiles):
+            raise InputError("scans: one scan; expected a list of scans, or use embed_image")
         embeddings = [self._embed(prepared().feeds)
                       for _, prepared in ahead(scans, lambda scan: self.prepare(scan, **read_options))]
         if not embeddings:
@@ -253,7 +258,7 @@ class Model:
                 prompts = self._prompt_embeddings(task, names)
             with _timed(timings, "score"):
                 scores = probabilities(prompts @ image, task)
-        return ZeroShot(_name(scan), dict(zip(names, scores.tolist(), strict=True)), timings)
+        return ZeroShot(scan_name(scan), dict(zip(names, scores.tolist(), strict=True)), timings)
 
     def score_embeddings(
         self, embeddings: NDArray[np.float32], classes: Sequence[str] | None = None
@@ -289,7 +294,7 @@ class Model:
                 self._graph("image")
             with _timed(timings, "image"):
                 scores = self._run("image", feeds, ["class_scores"])[0][0]
-        return Classification(_name(scan), dict(zip(detector.classes, scores.tolist(), strict=True)), timings)
+        return Classification(scan_name(scan), dict(zip(detector.classes, scores.tolist(), strict=True)), timings)
 
     # ------------------------------------------------------------------ inside
 
@@ -383,12 +388,6 @@ class Model:
         if stored.shape != expected or stored.dtype != np.float32:
             raise BundleError(f"{path}: {stored.dtype} {list(stored.shape)}; expected float32 {list(expected)}")
         return stored
-
-
-def _name(scan: Scan) -> str:
-    if isinstance(scan, Prepared):
-        return scan.volume
-    return "array" if isinstance(scan, np.ndarray) else str(as_scan(scan))
 
 
 @contextmanager

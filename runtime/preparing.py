@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import BundleError, DiskFull, InputError
 from .files import atomic_file, is_full, writing_error
-from .inputs import find_items, slices_together
+from .inputs import find_items
 from .model import Model
 from .scan_files import ScanPath, SliceFiles, file_facts, path_text, require_scan, sha256_scan
 from .volume.folder import NAME_COLUMN, table_header
@@ -51,19 +51,22 @@ def find_tasks(inputs: Sequence[str | ScanPath], split: str | None, options: Map
             in one of the inputs.
     """
     tasks: dict[Path, Task] = {}
-    for given in slices_together(inputs):
-        folder = Path(given).absolute() if not isinstance(given, SliceFiles) and Path(given).is_dir() else None
-        if folder is not None and out.resolve().is_relative_to(folder.resolve()):
+    folders = [Path(given) for given in inputs if not isinstance(given, SliceFiles) and Path(given).is_dir()]
+    others = [given for given in inputs if isinstance(given, SliceFiles) or not Path(given).is_dir()]
+    found = [(item, None) for item in find_items(others, split, options)] if others else []
+    for folder in (folder.absolute() for folder in folders):
+        if out.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{out}: lies in {folder}, whose scans would then be there twice; choose a place outside")
-        for item in find_items([given], split, options):
-            path = item.path.folder if isinstance(item.path, SliceFiles) else item.path
-            if is_prepared(path):
-                raise InputError(f"{item.path}: prepared already; name the scan itself")
-            within = folder is not None and path != folder
-            place = path.relative_to(folder or "/") if within else Path(path.name)
-            task = Task(item.path, item.options, out / place.with_name(_name(place)))
-            if (other := tasks.setdefault(task.out, task)).path != task.path:
-                raise InputError(f"{task.path} and {other.path} have the same name; prepare them into two folders")
+        found += [(item, folder) for item in find_items([folder], split, options)]
+    for item, folder in found:
+        path = item.path.folder if isinstance(item.path, SliceFiles) else item.path
+        if is_prepared(path):
+            raise InputError(f"{item.path}: prepared already; name the scan itself")
+        within = folder is not None and path != folder
+        place = path.relative_to(folder or "/") if within else Path(path.name or "scan")
+        task = Task(item.path, item.options, out / place.with_name(_name(place)))
+        if (other := tasks.setdefault(task.out, task)).path != task.path:
+            raise InputError(f"{task.path} and {other.path} have the same name; prepare them into two folders")
     return list(tasks.values())
 
 

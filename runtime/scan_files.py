@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,9 @@ class SliceFiles:
     files: tuple[Path, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "files", tuple(sorted(set(self.files))))
+        folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in self.files}}
+        unique = {(folders[file.parent], file.name): file for file in sorted(self.files, reverse=True)}
+        object.__setattr__(self, "files", tuple(sorted(unique.values())))  # one file may be named in two ways
         if not self.files:
             raise InputError("scan: an empty list of files; expected the slices of a DICOM series")
         for file in self.files:
@@ -35,7 +37,9 @@ class SliceFiles:
                                  "series; name scans one by one")
 
     def __str__(self) -> str:
-        return f"{self.files[0]} and {len(self.files) - 1} other files"
+        """With a digest of all names, so that no other list is called the same."""
+        names = "\0".join(map(str, self.files)).encode(errors="surrogateescape")
+        return f"{self.files[0]} and {len(self.files) - 1} other files ({hashlib.sha256(names).hexdigest()[:12]})"
 
     @property
     def folder(self) -> Path:
@@ -62,22 +66,22 @@ def as_scan(scan: str | Path | SliceFiles | Sequence[str | Path]) -> ScanPath:
         return scan
     if isinstance(scan, str | Path):
         return Path(scan)
-    if not isinstance(scan, list | tuple) or not all(isinstance(file, str | Path) for file in scan):
+    if not isinstance(scan, Sequence) or not all(isinstance(file, str | Path) for file in scan):
         raise InputError(f"scan: {type(scan).__name__}; expected a path, a list of DICOM files, or a preprocessed "
                          "array")
-    return Path(scan[0]) if len(scan) == 1 else SliceFiles(tuple(map(Path, scan)))
+    return together(map(Path, scan))
+
+
+def together(files: Iterable[Path]) -> ScanPath:
+    """Files as one scan. Raises ``InputError`` as ``SliceFiles``."""
+    scan = SliceFiles(tuple(files))
+    first, *others = scan.files
+    return scan if others else first
 
 
 def path_text(path: ScanPath) -> str:
-    """A path as text that any file can hold: names that are not UTF-8 with their bytes escaped.
-
-    Of a list of files with a digest of all their names, so that no other list is called the same.
-    """
-    text = str(path)
-    if isinstance(path, SliceFiles):
-        names = "\0".join(map(str, path.files)).encode(errors="surrogateescape")
-        text += f" ({hashlib.sha256(names).hexdigest()[:12]})"
-    return text.encode(errors="backslashreplace").decode()
+    """A path as text that any file can hold: names that are not UTF-8 with their bytes escaped."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def require_scan(path: ScanPath) -> None:

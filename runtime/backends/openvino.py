@@ -40,7 +40,7 @@ class OpenVinoBackend:
         self._requests = threading.local()
         self._lock = threading.Lock()
         self._core = self._library.Core()
-        if options.precision == "bf16" and not has_bfloat16():
+        if options.precision == "bf16" and not has_bfloat16(self._core):
             raise DeviceUnavailable(f"{NO_BFLOAT16}; choose another --precision")
         with self._reading():
             self._model = self._core.read_model(str(path))
@@ -95,9 +95,14 @@ class OpenVinoBackend:
         return self._description
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16 at full speed. Raises ``MissingDependency`` without openvino."""
-    return "BF16" in _import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+def has_bfloat16(core: Any = None) -> bool:
+    """Whether this CPU computes in bfloat16 at full speed. Raises ``MissingDependency`` without openvino.
+
+    Args:
+        core: of openvino, if there is one already.
+    """
+    core = core or _import_openvino().Core()
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def cpu_settings(options: Options) -> dict[str, Any]:

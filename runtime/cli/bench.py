@@ -156,8 +156,9 @@ def _bench_bundle(field: Field, against: str | None, load_only: bool, runs: int,
 def _default_rivals(field: Field) -> list[str]:
     """PyTorch eager where it is installed and can read the scan."""
     if not field.suits_original:
-        click.echo("warning: the original code reads NIfTI alone, so PyTorch is not measured beside the bundle",
-                   err=True)
+        from ...benchmarks.entrants import NIFTI_ALONE
+
+        click.echo(f"warning: {NIFTI_ALONE}", err=True)
         return []
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:

@@ -31,7 +31,7 @@ def read_batches(text: str) -> list[int]:
 def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: ScanPath | None, runs: int, threads: int,
               seconds: float, out: Path | None, as_json: bool) -> None:
     """Engines beside PyTorch and ONNX Runtime on the GPU; then whole processes, for cold start and host latency."""
-    from ...benchmarks.entrants import Field, gpu_entrants
+    from ...benchmarks.entrants import NIFTI_ALONE, Field, gpu_entrants
     from ...benchmarks.gpu.contenders import let_go, names_of
     from ...benchmarks.gpu.race import race
     from ...benchmarks.gpu.report import (
@@ -54,7 +54,10 @@ def bench_gpu(bundle: Path, checkpoint: Path | None, batches: list[int], scan: S
             write_report(report, None, out)  # kept, should a process fail below
         let_go()
         able = [row.name for row in report.rows if row.problem is None and row.batch == batches[0]]
-        entrants = gpu_entrants(able, Field(bundle, checkpoint, threads, scan))
+        field = Field(bundle, checkpoint, threads, scan)
+        if not field.suits_original:
+            click.echo(f"warning: {NIFTI_ALONE}", err=True)
+        entrants = gpu_entrants(able, field)
         processes = measure(entrants, report.encoder, report.volume_dhw, runs, display.stage) if entrants else None
     paths = write_report(report, processes, out) if out is not None else []
     if as_json:

@@ -93,7 +93,7 @@ def command(
     if address is None:
         model.describe()  # opens the image tower: what it lacks is found out before a store is begun
     manifest = model.manifest
-    identity = Identity(manifest.results_digest(precision), manifest.encoder, precision, manifest.embedding_dim,
+    identity = Identity(model.results_digest, manifest.encoder, precision, manifest.embedding_dim,
                         manifest.zero_shot.classes if manifest.zero_shot else (),
                         {name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path)
                          else value for name, value in given.items()})

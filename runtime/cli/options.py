@@ -41,8 +41,7 @@ SCAN = _ScanType()
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 scans_argument = click.argument(
     "scans", metavar="SCAN...", nargs=-1, required=True, type=click.Path(path_type=Path),
-    callback=lambda context, parameter, value: tuple(
-        Path(scan) if isinstance(scan, str) else scan for scan in slices_together(value)))
+    callback=lambda context, parameter, value: tuple(slices_together(value)))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print only JSON on standard output.")
 preprocess_option = click.option("--preprocess", type=click.Choice(PREPROCESS), default=PREPROCESS[0],
                                  show_default=True,

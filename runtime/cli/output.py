@@ -95,7 +95,8 @@ def progress(total: int | None = None) -> Iterator[Stages]:
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
     if total is not None:
         columns[2:2] = [BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    # The stream as it is now: PyTorch's exporter is silenced by putting another in its place.
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as display:
         yield _TerminalStages(display, total)
 
 

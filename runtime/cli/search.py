@@ -65,7 +65,7 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
         if exact is None and len(gallery.matrix) < _INDEX_FROM:
             measured = None
         display.stage("embedding the queries")
-        asked = slices_together(queries)
+        asked = _queries(queries)
         embeddings, own = _embed(gallery, asked, bundle, threads, series)
         display.stage("searching")
         # One more, as a scan is the nearest to itself.
@@ -95,31 +95,38 @@ def _embed(gallery: Gallery, queries: Sequence[str | ScanPath], bundle: Path | N
     model: Model | None = None
     rows: list[NDArray[np.float32]] = []
     own: list[int | None] = []
-    options = {**gallery.identity.options, **({} if series is None else {"series": series})}
     for query in queries:
-        scan = _scan(query)
-        row = gallery.row_of(scan) if scan is not None and options == gallery.identity.options else None
-        if scan is not None and row is not None:
-            entry = gallery.entry(row)
-            if file_facts(scan) not in (None, (entry["bytes"], entry["changed_ns"])):
-                row = None  # another scan by now; what the store has of it is found, if it is near
-        own.append(row)
-        if row is not None:
+        if isinstance(query, str):
+            own.append(None)
+            model = model or open_model(gallery, bundle, threads)
+            rows.append(model.embed_text(query)[0])
+            continue
+        options = gallery.identity.options
+        if series is not None and (isinstance(query, SliceFiles) or is_dicom_source(query)):
+            options = {**options, "series": series}
+        own.append(_row_now(gallery, query) if options == gallery.identity.options else None)
+        if (row := own[-1]) is not None:
             rows.append(np.asarray(gallery.matrix[row]))
             continue
         model = model or open_model(gallery, bundle, threads)
-        rows.append(model.embed_text(str(query))[0] if scan is None else
-                    model.embed_image(scan, **options))
+        rows.append(model.embed_image(query, **options))
     return np.stack(rows), own
 
 
-def _scan(query: str | ScanPath) -> ScanPath | None:
-    """The scan that a query names; None for a text."""
-    if isinstance(query, SliceFiles):
-        return query
-    if not str(query).strip():
+def _row_now(gallery: Gallery, scan: ScanPath) -> int | None:
+    """Of a scan in the store, if its files are what they were; else what the store has of it is another scan."""
+    row = gallery.row_of(scan)
+    if row is None:
+        return None
+    entry = gallery.entry(row)
+    return row if file_facts(scan) in (None, (entry["bytes"], entry["changed_ns"])) else None
+
+
+def _queries(words: Sequence[str]) -> list[str | ScanPath]:
+    """Texts and scans, in their order."""
+    if not all(word.strip() for word in words):
         raise InputError("QUERY: an empty text; expected words, or a scan")
-    return Path(query) if str(query).endswith(SCANS) or is_dicom_source(query) else None
+    return slices_together(Path(word) if word.endswith(SCANS) or is_dicom_source(word) else word for word in words)
 
 
 def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Model:
@@ -135,7 +142,9 @@ def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Mo
         raise InputError(f"{folder or 'bundle'}: the bundle of {gallery.store} is not there; pass --bundle DIR")
     opened, precision = open_bundle(folder, verify=False), gallery.identity.precision
     digest = opened.manifest.results_digest(precision)
-    if digest != gallery.identity.results_sha256:
+    # openvino computes fp32 graphs in bfloat16.
+    graphs = {digest, *[opened.manifest.results_digest("fp32")] * (precision == "bf16")}
+    if gallery.identity.results_sha256 not in graphs:
         raise InputError(f"{folder}: not the bundle of {gallery.store}, or no longer (its digest for {precision} is "
                          f"{digest[:12]}…, the store says {gallery.identity.results_sha256[:12]}…); pass --bundle DIR")
     if any(opened.manifest.graph(role, precision, "onnxruntime") is None for role in ("image", "text")

@@ -162,7 +162,7 @@ def _reading(volume: Volume, spec: Preprocessing, digest: str, read_options: Map
             ("orientation", volume.orientation),
             ("orientation in the file", volume.stored_orientation or "not told"),
             ("stored values", str(volume.stored.dtype)), ("to Hounsfield units", maps or "none"),
-            ("done to it", "what stands above" if volume.notes else "nothing"),
+            ("done to it, or odd", "what stands above" if volume.notes else "nothing"),
             ("said by the caller", given or "nothing")]
 
 

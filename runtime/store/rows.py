@@ -40,8 +40,8 @@ class Entry:
     ``path``: absolute. ``bytes``, ``changed_ns``, ``sha256``: of the file as it was read; the last is None where it
     could not be. ``embedding`` [dim], ``scores`` [classes] float32, None with an ``error``. ``shape_hwd``,
     ``spacing_hwd_mm``, ``orientation``: of the scan as read. ``hounsfield``: maps from stored values, such as
-    "1 * v - 1024", in the order in which they were applied. ``notes``: what else was done to it.
-    ``table``: of metadata by which it was read, with its size and time of change.
+    "1 * v - 1024", in the order in which they were applied. ``notes``: what else was done to it, or is
+    odd. ``table``: of metadata by which it was read, with its size and time of change.
     """
 
     path: str

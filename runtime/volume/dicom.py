@@ -232,8 +232,10 @@ def _problem(group: Sequence[_Header]) -> str | None:
             return f"images of modality {header.text('Modality') or 'unknown'} among {len(group)}, not CT"
     if len({header.text("PatientID") for header in group}) > 1:
         return "images of several patients under one UID"
-    if len(frames := {header.text("FrameOfReferenceUID") for header in group}) > 1:
-        return f"positions in {len(frames)} frames of reference, which cannot be compared"
+    frames = {uid: header.file.name for header in group if (uid := header.text("FrameOfReferenceUID"))}
+    if 1 < len(frames) < len(group):  # one for each slice is the work of an anonymiser, and says nothing
+        return (f"positions in {len(frames)} frames of reference, which cannot be compared ("
+                f"{' and '.join(list(frames.values())[:2])}); move the slices of the others away")
     if any("LOCALIZER" in map(str.upper, map(str, header.value("ImageType") or ())) for header in group):
         return f"{len(group)} images with a localizer among them ({_localizer(group)})"
     if len(group) < _FEWEST_SLICES:

@@ -35,8 +35,8 @@ def find_dicom(folder: Path) -> Iterator[Path]:
 
 
 def is_slice(path: Path) -> bool:
-    """Whether a file is a DICOM file, by its ending or its first bytes."""
-    return path.suffix.lower() in _SLICES or _is_dicom(path)
+    """Whether a file is a DICOM file, by its ending or its first bytes; one that is not there, by its ending."""
+    return (path.suffix.lower() in _SLICES and not os.path.isdir(path)) or _is_dicom(path)  # noqa: PTH112
 
 
 def _told(error: OSError) -> None:

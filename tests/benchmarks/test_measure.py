@@ -100,6 +100,13 @@ def test_bfloat16_on_a_cpu_without(pristine_bundle: Path, tmp_path: Path, monkey
     assert [entrant.name for entrant in chosen] == ["torch", "onnxruntime"]
 
 
+def test_pytorch_cannot_start_from_dicom(pristine_bundle: Path, tmp_path: Path):
+    names = ["torch-fp32", "tensorrt-fp16"]
+    for scan, first in ((tmp_path / "a.nii.gz", "torch-fp32"), (tmp_path, "tensorrt-fp16"), (None, "torch-fp32")):
+        found = entrants.gpu_entrants(names, Field(pristine_bundle, None, 1, scan))
+        assert found[0].name == first
+
+
 def test_from_a_file_to_scores(capsys: pytest.CaptureFixture[str], pristine_bundle: Path, checkpoint: Path, ct: Path):
     assert main(["bench", str(pristine_bundle), "--checkpoint", str(checkpoint), "--scan", str(ct), "--runs", "3",
                  "--json"]) == 0

@@ -12,7 +12,10 @@ from dcformer_deploy.benchmarks.evaluation.metrics import auroc_difference
 from dcformer_deploy.calibration.sqnr import EXACT_DB, layer_noise
 from dcformer_deploy.runtime import load
 from dcformer_deploy.runtime.backends.openvino import has_bfloat16
+from dcformer_deploy.runtime.bundle import open_bundle
+from dcformer_deploy.runtime.cli import retention
 from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.errors import DcformerWarning
 from dcformer_deploy.runtime.manifest import CT_RATE_CLASSES
 from graphs import GraphBuilder, volume
 
@@ -80,7 +83,9 @@ def test_without_labels_and_with_bfloat16(capsys, calibrated: Path, scans: Path)
 
 
 def test_bfloat16_on_a_cpu_without(capsys, calibrated: Path, scans: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dcformer_deploy.runtime.cli.retention.has_bfloat16", lambda: False)
+    monkeypatch.setattr(retention, "has_bfloat16", lambda: False)
+    with pytest.warns(DcformerWarning, match="left out: bf16: this CPU has no bfloat16 units"):
+        assert retention._names(calibrated, open_bundle(calibrated).manifest, "int8,bf16", "openvino") == ["int8"]
     assert main(["retention", str(calibrated), "--data", str(scans), "--backend", "openvino",
                  "--precision", "bf16"]) == 3
     assert "this CPU has no bfloat16 units" in capsys.readouterr().err

@@ -180,7 +180,7 @@ def _no_slope(k: int, dataset: Any) -> None:
     ({"change": _modality}, "no CT scan in it: .*images of modality MR among 30, not CT"),
     ({"change": _one_mr}, "images of modality MR among 30"),
     ({"change": _patients}, "images of several patients under one UID"),
-    ({"change": _frames}, "positions in 2 frames of reference, which cannot be compared"),
+    ({"change": _frames}, r"positions in 2 frames of reference, which cannot be compared \(.*/\d+ and .*/\d+\); move"),
     ({"change": _one_without}, "no RescaleIntercept, which 29 other slices have"),
     ({"change": _coronal}, "the slices are not axial"), ({"change": _no_slope}, "RescaleSlope is 0; expected a usable"),
 ])
@@ -327,6 +327,18 @@ def test_a_value_in_a_representation_that_is_none(hounsfield: np.ndarray, tmp_pa
     file.write_bytes(content.replace(b"\x08\x00\x08\x00CS", b"\x08\x00\x08\x00CR"))
     with pytest.raises(InputError, match="0003: damaged DICOM file .*'CR'"):
         _read(tmp_path / "s")
+
+
+@pytest.mark.parametrize("anonymised", ["one without", "one each"])
+def test_frames_of_reference_that_tell_nothing(hounsfield: np.ndarray, nifti: Path, tmp_path: Path, anonymised: str):
+    def change(k: int, dataset: Any) -> None:
+        if anonymised == "one each":
+            dataset.FrameOfReferenceUID = f"1.2.{k + 1}"
+        elif k == 4:
+            del dataset.FrameOfReferenceUID
+
+    write_series(tmp_path / "s", hounsfield, change=change)
+    np.testing.assert_array_equal(_hu(_read(tmp_path / "s")), _hu(read_nifti(nifti)))
 
 
 def test_a_slice_far_away(hounsfield: np.ndarray, tmp_path: Path):

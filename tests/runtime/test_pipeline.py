@@ -17,7 +17,7 @@ import pytest
 from fake_gpu import install, kernels_on_host
 
 from dcformer_deploy.runtime import InferenceError, Model, load
-from dcformer_deploy.runtime.backends import sampler
+from dcformer_deploy.runtime.backends import Options, sampler
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.embedding_job import EmbeddingJob
@@ -82,7 +82,7 @@ def test_a_scan_whose_embedding_is_not_finite_is_a_row(model: Model, folder: Pat
         return arrays
 
     monkeypatch.setattr(graph, "run", overflow)
-    identity = Identity(model.manifest.digest, "nano", "fp32", 512, model.manifest.zero_shot.classes, {})
+    identity = Identity(model.results_digest, "nano", "fp32", 512, model.manifest.zero_shot.classes, {})
     items = [Item(path) for path in sorted(folder.iterdir())[:4]]
     with Store(tmp_path / "s", identity) as store:
         settings = Settings(2, 1, together=True) if together else Settings(1, 1, 4, 8)
@@ -117,6 +117,9 @@ def test_a_store_outlives_the_calibration_of_its_bundle(pristine_bundle: Path, c
     assert len(set(digests[0].values())) == 1  # there is nothing but fp32
     assert len(set(digests[1].values())) == 3
     assert digests[0]["fp32"] == digests[1]["fp32"] != open_bundle(calibrated).manifest.digest
+    # openvino computes fp32 graphs in bfloat16; those that were added are for GPUs.
+    assert {Model(open_bundle(bundle), Options(backend="openvino", precision="bf16")).results_digest
+            for bundle in (pristine_bundle, calibrated)} == {digests[0]["fp32"]}
     one = scans / "a.nii.gz"
     assert _counts(_run(capsys, 0, pristine_bundle, one, "--out", tmp_path / "s"))[0] == 1
     assert _counts(_run(capsys, 0, calibrated, one, "--out", tmp_path / "s")) == (0, 0, 0, 1)
@@ -199,7 +202,7 @@ class _Slow(Model):
 def _identity(model: Model) -> Identity:
     manifest = model.manifest
     assert manifest.zero_shot is not None
-    return Identity(manifest.digest, manifest.encoder, "fp32", 512, manifest.zero_shot.classes, {})
+    return Identity(manifest.results_digest("fp32"), manifest.encoder, "fp32", 512, manifest.zero_shot.classes, {})
 
 
 def _items(folder: Path, count: int) -> list[Item]:
