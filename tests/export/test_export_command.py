@@ -40,7 +40,7 @@ def test_untrained_weights_are_announced(capsys, ct: Path, tokenizer_folder: Pat
     arguments.untrained = True
     torch.save({"model": NANO.state_dict(), "args": arguments}, tmp_path / "c.pth")
     assert run(capsys, "export", tmp_path / "c.pth", "--tokenizer", tokenizer_folder, "--out", tmp_path / "b",
-               "--json")[0] == 0
+               "--target", "any", "--json")[0] == 0
     code, out, err = run(capsys, "zeroshot", tmp_path / "b", ct, "--json")
     assert code == 0 and len(json.loads(out)) == 1 and "untrained weights: its scores mean nothing" in err
 
@@ -48,8 +48,8 @@ def test_untrained_weights_are_announced(capsys, ct: Path, tokenizer_folder: Pat
 def test_termination_leaves_nothing_behind(checkpoint: Path, tmp_path: Path):
     """As a container does it: SIGTERM in the middle of an export."""
     program = Path(sys.executable).parent / "dcformer"
-    process = subprocess.Popen([program, "export", checkpoint, "--no-tokenizer", "--out", tmp_path / "new" / "b"],
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen([program, "export", checkpoint, "--no-tokenizer", "--target", "any", "--out",
+                                tmp_path / "new" / "b"], stderr=subprocess.PIPE)
     while not list(tmp_path.rglob("image.fp32.onnx")):
         assert process.poll() is None
         time.sleep(0.05)
@@ -97,7 +97,7 @@ def test_failed_comparison_exits_with_one(capsys, checkpoint: Path, tmp_path: Pa
 
     monkeypatch.setattr(verify, "TOLERANCE", 1e-12)
     refuse(capsys, "differs from PyTorch: .* by", "export", checkpoint, "--out", tmp_path / "b", "--no-tokenizer",
-           code=1)
+           "--target", "any", code=1)
     assert list(tmp_path.iterdir()) == []
 
 
