@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import glob
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import InputError
+from .errors import DcformerWarning, InputError
 from .files import require_file
-from .scan_files import ScanPath, SliceFiles, require_scan, together
-from .volume.dicom_source import is_slice
-from .volume.folder import find_scans
+from .scan_files import ScanPath, SliceFiles, as_scan, named, require_scan, together
+from .volume.dicom_source import is_slice, may_be_slice
+from .volume.folder import NoScans, find_scans
 
 #: Columns of a list that may hold the path.
 PATH_COLUMNS = ("path", "volume", "file")
@@ -31,6 +32,14 @@ class Item:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """``folder``: where a file really lies. ``slice``: whether it is a slice, or only may be one."""
+
+    folder: str
+    slice: bool
+
+
 def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Mapping[str, Any]) -> list[Item]:
     """Scans in the order in which they are named, as often as they are; paths absolute.
 
@@ -44,12 +53,12 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
     Raises:
         InputError: nothing there, a list without a column of paths, a folder without scans.
     """
-    named: list[tuple[ScanPath, Path | None]] = []
+    found_paths: list[tuple[ScanPath, Path | None]] = []
     for given in inputs:
-        named += _expand(given, split)
-    metadata = {path: table for path, table in named if table is not None}
+        found_paths += _expand(given, split)
+    metadata = {path: table for path, table in found_paths if table is not None}
     found = []
-    for path in slices_together(path for path, _ in named):
+    for path in slices_together(path for path, _ in found_paths):
         own = {"metadata": metadata[path]} if path in metadata else {}
         found.append(Item(path.absolute(), {**own, **options}))
     if not found:
@@ -60,31 +69,51 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
 def slices_together(paths: Iterable[_T | ScanPath]) -> list[_T | ScanPath]:
     """DICOM files of one folder as one scan, where the first of them stood; everything else as it is.
 
-    A file alone stays what it is: a scan with too few slices, which whoever reads it will say.
+    Files of no known kind that are named beside them belong to it, as they may be damaged slices, which whoever reads
+    the scan will say. A file alone stays what it is: a scan with too few slices.
     """
+    given = list(paths)
+    kinds = [_kind(path) for path in given]
     folders: defaultdict[str, list[Path]] = defaultdict(list)
-    found: list[_T | ScanPath | list[Path]] = []
-    for path in paths:
-        if not isinstance(path, Path) or not is_slice(path):
+    for path, kind in zip(given, kinds, strict=True):
+        if kind is not None:
+            folders[kind.folder].append(path)  # type: ignore[arg-type]
+    of_slices = {kind.folder for kind in kinds if kind is not None and kind.slice}
+    found: list[_T | ScanPath] = []
+    for path, kind in zip(given, kinds, strict=True):
+        if kind is None or kind.folder not in of_slices:
             found.append(path)
-            continue
-        slices = folders[os.path.realpath(path.parent)]
-        if not slices:
-            found.append(slices)
-        slices.append(path)
-    return [together(one) if isinstance(one, list) else one for one in found]
+        elif files := folders.pop(kind.folder, None):
+            found.append(together(files))
+    return found
 
 
-def one_scan(given: Iterable[str | ScanPath]) -> ScanPath:
-    """The scan that is meant: a path, DICOM files of one folder, or a pattern that matches such.
+def _kind(path: object) -> _Kind | None:
+    """Of a file that is a slice, or may be a damaged one; None for everything else."""
+    if not isinstance(path, Path) or not may_be_slice(path):
+        return None
+    return _Kind(os.path.realpath(path.parent), is_slice(path))
+
+
+def named_scans(given: Iterable[str | ScanPath]) -> list[ScanPath]:
+    """The scans that are meant: paths, DICOM files of one folder together, what patterns match.
 
     Raises:
-        InputError: several scans, or nothing that matches.
+        InputError: an empty name, a pattern that matches nothing.
     """
     found: list[ScanPath] = []
     for path in given:
-        found += _matches(str(path)) if _is_pattern(path) else [path if isinstance(path, SliceFiles) else Path(path)]
-    scans = slices_together(found)
+        found += _matches(str(path)) if _is_pattern(path) else [as_scan(path)]
+    return slices_together(found)
+
+
+def one_scan(given: Iterable[str | ScanPath]) -> ScanPath:
+    """The scan that is meant, as in ``named_scans``.
+
+    Raises:
+        InputError: several scans, or none.
+    """
+    scans = named_scans(given)
     if len(scans) > 1:
         raise InputError(f"{scans[0]}, {scans[1]}{', …' if len(scans) > 2 else ''}: {len(scans)} scans; expected one")
     return scans[0]
@@ -105,21 +134,24 @@ def require_there(inputs: Iterable[str | ScanPath]) -> None:
     """Raise InputError if something that was named is not there; of patterns ``find_items`` tells."""
     for given in inputs:
         if not _is_pattern(given):
-            require_scan(given if isinstance(given, SliceFiles) else Path(given))
+            require_scan(as_scan(given))
 
 
 def _expand(given: str | ScanPath, split: str | None) -> Iterator[tuple[ScanPath, Path | None]]:
     if isinstance(given, SliceFiles):
         yield given, None
         return
-    path = Path(given)
+    path = named(given)
     if path.is_dir():
         yield from find_scans(path, split)
     elif path.suffix.lower() in _LISTS:
         yield from ((entry, None) for entry in _read_list(path))
     elif _is_pattern(given):
         for match in _matches(str(given)):
-            yield from _expand(match, split) if match.is_dir() else [(match, None)]
+            try:
+                yield from _expand(match, split) if match.is_dir() else [(match, None)]
+            except NoScans as error:
+                warnings.warn(f"passed over: {error}", DcformerWarning, stacklevel=2)
     else:
         # One that is not there is a failed scan of its own, as is one that cannot be read.
         yield path, None

@@ -142,12 +142,24 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
 def _prepare(model: Model, task: Task, values: Values, threads: int) -> None:
     require_scan(task.path)
     facts = file_facts(task.path)
+    sha256 = sha256_scan(task.path)
+    _require_same_scan(task, sha256)
     found = model.prepare(task.path, threads, **task.options)
-    origin = Origin(path_text(task.path), *(facts or (0, 0)), sha256_scan(task.path), _stated(task.options))
+    origin = Origin(path_text(task.path), *(facts or (0, 0)), sha256, _stated(task.options))
     if file_facts(task.path) != facts:
         raise InputError(f"{task.path}: changed while it was read; prepare it again")
     scan = PreparedScan(**{field.name: getattr(found, field.name) for field in dataclasses.fields(PreparedScan)})
     write_prepared(task.out, scan, model.manifest.preprocessing, origin, values)
+
+
+def _require_same_scan(task: Task, sha256: str) -> None:
+    """Raise InputError if what is there was made of another scan, by its path and by its content."""
+    try:
+        origin, _ = read_origin(task.out)
+    except InputError:
+        return  # nothing there, or damaged
+    if origin.path != path_text(task.path) and origin.sha256 != sha256:
+        raise InputError(f"{task.path}: {task.out} was prepared of {origin.path}; prepare it into another folder")
 
 
 def _is_done(model: Model, task: Task, values: Values) -> bool:

@@ -39,7 +39,8 @@ class SliceFiles:
     def __str__(self) -> str:
         """With a digest of all names, so that no other list is called the same."""
         names = "\0".join(map(str, self.files)).encode(errors="surrogateescape")
-        return f"{self.files[0]} and {len(self.files) - 1} other files ({hashlib.sha256(names).hexdigest()[:12]})"
+        others = f"{len(self.files) - 1} other file{'s' * (len(self.files) != 2)}"
+        return f"{self.files[0]} and {others} ({hashlib.sha256(names).hexdigest()[:12]})"
 
     @property
     def folder(self) -> Path:
@@ -65,11 +66,18 @@ def as_scan(scan: str | Path | SliceFiles | Sequence[str | Path]) -> ScanPath:
     if isinstance(scan, SliceFiles):
         return scan
     if isinstance(scan, str | Path):
-        return Path(scan)
+        return named(scan)
     if not isinstance(scan, Sequence) or not all(isinstance(file, str | Path) for file in scan):
         raise InputError(f"scan: {type(scan).__name__}; expected a path, a list of DICOM files, or a preprocessed "
                          "array")
-    return together(map(Path, scan))
+    return together(map(named, scan))
+
+
+def named(path: str | Path) -> Path:
+    """The path. Raises ``InputError`` for an empty name, which would be the current folder."""
+    if not str(path).strip():
+        raise InputError("SCAN: an empty name (a variable that is not set?); expected a file or a folder")
+    return Path(path)
 
 
 def together(files: Iterable[Path]) -> ScanPath:
@@ -94,12 +102,21 @@ def require_scan(path: ScanPath) -> None:
 
 
 def file_facts(path: ScanPath) -> tuple[int, int] | None:
-    """Size in bytes and time of change in ns, of several files the sum and the last; None if one is not there."""
+    """What changes when a scan does: size in bytes and time of change in ns; None if a file is not there.
+
+    Of several files the sum of their sizes, and a number that stands for all names, sizes and times: the last time
+    alone would not tell of one that was replaced by an older one.
+    """
     try:
-        statuses = [file.stat() for file in _files(path)]
+        found = [(file.name, file.stat()) for file in _files(path)]
     except OSError:
         return None
-    return sum(status.st_size for status in statuses), max((status.st_mtime_ns for status in statuses), default=0)
+    if isinstance(path, Path) and not os.path.isdir(path):  # noqa: PTH112
+        (_, status), = found
+        return status.st_size, status.st_mtime_ns
+    told = b"".join(os.fsencode(name) + f"\0{status.st_size} {status.st_mtime_ns}\n".encode() for name, status in found)
+    number = int.from_bytes(hashlib.sha256(told).digest()[:8]) >> 1  # a store's column holds 63 bits of it
+    return sum(status.st_size for _, status in found), number
 
 
 def sha256_scan(path: ScanPath) -> str:

@@ -10,9 +10,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..backends.base import AUTO, BACKENDS, DEVICES, MOST_THREADS, PREPROCESS
-from ..errors import InputError
+from ..errors import InputError, suggestion
 from ..files import require_file
-from ..inputs import one_scan, slices_together
+from ..inputs import named_scans, one_scan
 from ..manifest import PRECISIONS
 from ..scan_files import ScanPath, require_scan
 from ..volume import ReadOptions
@@ -40,8 +40,8 @@ class _ScanType(click.ParamType):
 SCAN = _ScanType()
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 scans_argument = click.argument(
-    "scans", metavar="SCAN...", nargs=-1, required=True, type=click.Path(path_type=Path),
-    callback=lambda context, parameter, value: tuple(slices_together(value)))
+    "scans", metavar="SCAN...", nargs=-1, required=True, type=click.Path(),
+    callback=lambda context, parameter, value: tuple(named_scans(value)))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print only JSON on standard output.")
 preprocess_option = click.option("--preprocess", type=click.Choice(PREPROCESS), default=PREPROCESS[0],
                                  show_default=True,
@@ -107,7 +107,9 @@ def parse_names(option: str, text: str, known: Sequence[str], advice: str = "") 
     names = [name.strip() for name in text.split(",")]
     for index, name in enumerate(names):
         if name not in known or name in names[:index]:
-            raise InputError(f"{option} {text!r}: expected some of {', '.join(known) or 'none'}, each once{advice}")
+            near = "" if name in known else suggestion(name, known)
+            raise InputError(f"{option} {text!r}: expected some of {', '.join(known) or 'none'}, each once{near}"
+                             f"{advice}")
     return names
 
 

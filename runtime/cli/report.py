@@ -19,7 +19,7 @@ _BLOCKS = 256
 
 @click.command("report")
 @bundle_argument
-@click.argument("scan", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("scan", nargs=-1, required=True, type=click.Path())
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE.html", help="The page to write.")
 @click.option("--title", metavar="TEXT",
               help="Heading of the page.  [default: the scan's sha256, as a file's name may name the patient]")
@@ -35,7 +35,7 @@ _BLOCKS = 256
 @scan_options
 @model_options
 def command(
-    bundle: Path, scan: tuple[Path, ...], out: Path, title: str | None, classes: Path | None, explain: tuple[str, ...],
+    bundle: Path, scan: tuple[str, ...], out: Path, title: str | None, classes: Path | None, explain: tuple[str, ...],
     blocks: int | None,
     no_occlusion: bool, as_json: bool, device: str, threads: int | None, backend: str, precision: str,
     no_verify: bool, **read_options: Any,

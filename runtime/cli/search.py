@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +50,7 @@ def command(store: Path, queries: tuple[str, ...], count: int, bundle: Path | No
             threads: int | None, series: str | None, as_json: bool) -> None:
     """Find the scans in STORE that are nearest to texts or scans.
 
-    A QUERY that ends like a scan's file (.nii, .nii.gz, .zip) or is a folder is a scan; it is not found itself.
+    A QUERY that is a file or a folder, or ends like a scan's file, is a scan; it is not found itself.
     So are several DICOM files of one folder together. Everything else is text, such as a sentence of a report.
     Nearness is the cosine of embeddings.
     """
@@ -126,7 +128,12 @@ def _queries(words: Sequence[str]) -> list[str | ScanPath]:
     """Texts and scans, in their order."""
     if not all(word.strip() for word in words):
         raise InputError("QUERY: an empty text; expected words, or a scan")
-    return slices_together(Path(word) if word.endswith(SCANS) or is_dicom_source(word) else word for word in words)
+    found: list[str | ScanPath] = []
+    for word in words:
+        matches = glob.glob(word, recursive=True) if not os.path.exists(word) else []  # noqa: PTH110, PTH207
+        is_scan = word.endswith(SCANS) or is_dicom_source(word) or os.path.exists(word)  # noqa: PTH110
+        found += map(Path, sorted(matches)) if matches else [Path(word) if is_scan else word]
+    return slices_together(found)
 
 
 def open_model(gallery: Gallery, bundle: Path | None, threads: int | None) -> Model:

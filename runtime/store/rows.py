@@ -37,11 +37,11 @@ class Identity:
 class Entry:
     """One scan.
 
-    ``path``: absolute. ``bytes``, ``changed_ns``, ``sha256``: of the file as it was read; the last is None where it
-    could not be. ``embedding`` [dim], ``scores`` [classes] float32, None with an ``error``. ``shape_hwd``,
-    ``spacing_hwd_mm``, ``orientation``: of the scan as read. ``hounsfield``: maps from stored values, such as
-    "1 * v - 1024", in the order in which they were applied. ``notes``: what else was done to it, or is
-    odd. ``table``: of metadata by which it was read, with its size and time of change.
+    ``path``: absolute. ``bytes``, ``changed_ns`` (of several files a digest), ``sha256``: of the file as it was read;
+    the last is None where it could not be. ``embedding`` [dim], ``scores`` [classes] float32, None with an ``error``.
+    ``shape_hwd``, ``spacing_hwd_mm``, ``orientation``: of the scan as read. ``hounsfield``: maps from stored values,
+    such as "1 * v - 1024", in the order in which they were applied. ``notes``: what else was done to it, or is odd.
+    ``table``: of metadata by which it was read, with its size and time of change.
     """
 
     path: str

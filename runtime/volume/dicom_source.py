@@ -39,6 +39,11 @@ def is_slice(path: Path) -> bool:
     return (path.suffix.lower() in _SLICES and not os.path.isdir(path)) or _is_dicom(path)  # noqa: PTH112
 
 
+def may_be_slice(path: Path) -> bool:
+    """Whether a file is a DICOM file, or of no known kind, as damaged slices without an ending are."""
+    return is_slice(path) or (path.suffix.lower() not in _OTHERS and os.path.isfile(path))  # noqa: PTH113
+
+
 def _told(error: OSError) -> None:
     warnings.warn(f"{error.filename}: cannot be searched for scans ({error.strerror})", DcformerWarning, stacklevel=4)
 

@@ -23,6 +23,10 @@ _VOLUMES = (".nii.gz", ".nii")
 SCANS = (*_VOLUMES, *(f"{ending}{SUFFIX}" for ending in _VOLUMES))
 
 
+class NoScans(InputError):
+    """A folder without any scan."""
+
+
 def find_scans(folder: Path, split: str | None = None) -> list[tuple[Path, Path | None]]:
     """All scans below a folder by name, labelled or not, each with the table of its metadata if there is one.
 
@@ -49,7 +53,7 @@ def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
         volumes[name] = path
     volumes |= _dicom(folder, volumes)
     if not volumes:
-        raise InputError(f"{folder}: no .nii, .nii.gz or DICOM volume below it; expected a data set in CT-RATE's "
+        raise NoScans(f"{folder}: no .nii, .nii.gz or DICOM volume below it; expected a data set in CT-RATE's "
                          "layout, or any folder of scans")
     splits = sorted({name.split("_")[0] for name in volumes})
     if split is None:

@@ -102,7 +102,7 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
 def _read_header(path: Path) -> _Header:
     require_file(path, "scan")
     if not path.name.lower().endswith(_SUFFIXES):
-        raise InputError(f"{path}: not NIfTI by its name; expected .nii or .nii.gz")
+        raise InputError(f"{path}: neither NIfTI by its name nor DICOM; expected .nii, .nii.gz, or slices")
     try:
         with _quiet_nibabel():
             image = nib.load(path)

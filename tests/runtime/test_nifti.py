@@ -191,7 +191,7 @@ def test_no_such_file_and_folder(tmp_path: Path):
     ("a.nii", b"x" * 1000, "not a NIfTI file"),
     ("a.nii", b"", "not a NIfTI file"),
     ("a.nii.gz", b"", "not a NIfTI file"),
-    ("a.txt", b"hello", "not NIfTI by its name"),
+    ("a.txt", b"hello", "neither NIfTI by its name nor DICOM"),
 ])
 def test_not_nifti(name: str, content: bytes, message: str, tmp_path: Path):
     (tmp_path / name).write_bytes(content)

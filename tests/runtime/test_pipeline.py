@@ -125,7 +125,7 @@ def test_a_store_outlives_the_calibration_of_its_bundle(pristine_bundle: Path, c
     assert _counts(_run(capsys, 0, calibrated, one, "--out", tmp_path / "s")) == (0, 0, 0, 1)
     assert main(["search", str(tmp_path / "s"), "Emphysema.", "--bundle", str(calibrated)]) == 0
     assert main(["embed", str(calibrated), str(one), "--out", str(tmp_path / "s"), "--precision", "fp16"]) == 2
-    assert "a store of other results: its results_sha256 is" in capsys.readouterr().err
+    assert "a store of other results: its precision is 'fp32', not 'fp16'" in capsys.readouterr().err
 
 
 def test_names_that_are_no_text(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):

@@ -1,6 +1,7 @@
 """DICOM files that are named one by one: those of a folder are one scan, for every command."""
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -12,6 +13,7 @@ from dicoms import write_series
 
 from dcformer_deploy.runtime import InputError, Model, load
 from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.errors import DcformerWarning
 from dcformer_deploy.runtime.inputs import find_items, one_scan, slices_together
 from dcformer_deploy.runtime.preparing import find_tasks
 from dcformer_deploy.runtime.scan_files import SliceFiles, as_scan, file_facts, path_text, sha256_scan
@@ -105,6 +107,74 @@ def test_names_facts_and_digests(series: Path, tmp_path: Path):
     assert str(part) != str(other)
     files[5].unlink()
     assert file_facts(whole) is None
+
+
+def test_a_damaged_slice_is_not_left_out(pristine_bundle: Path, series: Path, tmp_path: Path, capsys):
+    """Though nothing in it says that it is one: without it the scan would be another, and be scored."""
+    copy = Path(shutil.copytree(series, tmp_path / "copy"))
+    last = sorted(copy.iterdir())[-1]
+    last.write_bytes(b"")
+    for command in ("zeroshot", "search"):
+        arguments = [command, *([str(tmp_path / "s")] if command == "search" else [str(pristine_bundle)])]
+        if command == "search":
+            assert main(["embed", str(pristine_bundle), str(series), "--out", str(tmp_path / "s")]) == 0
+        capsys.readouterr()
+        assert main([*arguments, *map(str, copy.iterdir())]) == 2
+        assert f"{last}: no DICOM file, or damaged" in capsys.readouterr().err
+    assert main(["embed", str(pristine_bundle), *map(str, copy.iterdir()), "--out", str(tmp_path / "t")]) == 2
+    (row,) = read_store(tmp_path / "t").to_pylist()
+    assert "no DICOM file, or damaged" in row["error"]
+
+
+def test_slices_that_older_ones_replaced(pristine_bundle: Path, series: Path, hounsfield: np.ndarray, tmp_path: Path,
+                                         capsys):
+    """Copied with their dates, as archives do: no file is newer than the newest was, and sizes are the same."""
+    copy = Path(shutil.copytree(series, tmp_path / "copy"))
+    mirrored = tmp_path / "mirrored"
+    write_series(mirrored, hounsfield[::-1])
+    newest, *others = sorted(copy.iterdir())
+    for file in copy.iterdir():
+        os.utime(file, (1.7e9, 1.7e9 + 100 * (file == newest)))
+    for named in ([str(copy)], list(map(str, copy.iterdir()))):
+        embed = ["embed", str(pristine_bundle), *named, "--out", str(tmp_path / f"s{len(named)}"), "--json"]
+        found = []
+        for source in (series, mirrored):
+            for file in others:
+                file.write_bytes((source / file.name).read_bytes())
+                os.utime(file, (1.6e9, 1.6e9 + (source == series)))
+            assert main(embed) in (0, 2)
+            found.append(json.loads(capsys.readouterr().out)["skipped"])
+        assert found == [0, 0]
+
+
+def test_empty_names_and_patterns(pristine_bundle: Path, series: Path, tmp_path: Path, capsys,
+                                  monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(series)
+    for arguments in (["zeroshot", str(pristine_bundle), ""], ["profile", str(pristine_bundle), "--scan", ""],
+                      ["embed", str(pristine_bundle), "", "--out", str(tmp_path / "s")],
+                      ["report", str(pristine_bundle), " ", "--out", str(tmp_path / "r.html")]):
+        assert main(arguments) == 2
+        assert "an empty name" in capsys.readouterr().err
+    assert main(["zeroshot", str(pristine_bundle), f"{series}/*", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+    (tmp_path / "set" / "void").mkdir(parents=True)
+    shutil.copytree(series, tmp_path / "set" / "good")
+    with pytest.warns(DcformerWarning, match="passed over: .*void: no .nii"):
+        (item,) = find_items([f"{tmp_path}/set/*"], None, {})
+    assert item.path == tmp_path / "set" / "good"
+
+
+def test_prepared_of_another_scan(pristine_bundle: Path, series: Path, hounsfield: np.ndarray, tmp_path: Path, capsys):
+    """Folders of slices are often named alike; one that was moved is the same scan."""
+    other, moved = tmp_path / "x" / "series", Path(shutil.copytree(series, tmp_path / "y" / "series"))
+    write_series(other, hounsfield[::-1])
+    out = ["--out", str(tmp_path / "p")]
+    assert main(["prepare", str(pristine_bundle), str(series), *out]) == 0
+    before = next((tmp_path / "p").rglob("*.zip")).read_bytes()
+    assert main(["prepare", str(pristine_bundle), str(other), *out]) == 2
+    assert f"series.nii.gz.prepared.zip was prepared of {series}; prepare it into another" in capsys.readouterr().err
+    assert next((tmp_path / "p").rglob("*.zip")).read_bytes() == before
+    assert main(["prepare", str(pristine_bundle), str(moved), *out]) == 0
 
 
 def test_those_of_one_folder_are_together(series: Path, tmp_path: Path):
