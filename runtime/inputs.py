@@ -32,14 +32,6 @@ class Item:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """``folder``: where a file really lies. ``slice``: whether it is a slice, or only may be one."""
-
-    folder: str
-    slice: bool
-
-
 def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Mapping[str, Any]) -> list[Item]:
     """Scans in the order in which they are named, as often as they are; paths absolute.
 
@@ -72,27 +64,24 @@ def slices_together(paths: Iterable[_T | ScanPath]) -> list[_T | ScanPath]:
     Files of no known kind that are named beside them belong to it, as they may be damaged slices, which whoever reads
     the scan will say. A file alone stays what it is: a scan with too few slices.
     """
-    given = list(paths)
-    kinds = [_kind(path) for path in given]
-    folders: defaultdict[str, list[Path]] = defaultdict(list)
-    for path, kind in zip(given, kinds, strict=True):
-        if kind is not None:
-            folders[kind.folder].append(path)  # type: ignore[arg-type]
-    of_slices = {kind.folder for kind in kinds if kind is not None and kind.slice}
+    given, folders = list(paths), list[str | None]()
+    files: defaultdict[str, list[Path]] = defaultdict(list)
+    of_slices: set[str] = set()
+    for path in given:
+        folder = None
+        if isinstance(path, Path) and may_be_slice(path):
+            folder = os.path.realpath(path.parent)
+            files[folder].append(path)
+            if is_slice(path):
+                of_slices.add(folder)
+        folders.append(folder)
     found: list[_T | ScanPath] = []
-    for path, kind in zip(given, kinds, strict=True):
-        if kind is None or kind.folder not in of_slices:
+    for path, folder in zip(given, folders, strict=True):
+        if folder is None or folder not in of_slices:
             found.append(path)
-        elif files := folders.pop(kind.folder, None):
-            found.append(together(files))
+        elif slices := files.pop(folder, None):
+            found.append(together(slices))
     return found
-
-
-def _kind(path: object) -> _Kind | None:
-    """Of a file that is a slice, or may be a damaged one; None for everything else."""
-    if not isinstance(path, Path) or not may_be_slice(path):
-        return None
-    return _Kind(os.path.realpath(path.parent), is_slice(path))
 
 
 def named_scans(given: Iterable[str | ScanPath]) -> list[ScanPath]:
