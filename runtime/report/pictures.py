@@ -22,7 +22,8 @@ from .page import picture
 #: Pixels of the longer side of a picture.
 _SIDE = 360
 #: Level and width in HU (Radiology's usual ones).
-WINDOWS = {"lung window (-600, 1500 HU)": (-600.0, 1500.0), "mediastinal window (40, 400 HU)": (40.0, 400.0)}
+WINDOWS = {"lung window (level -600, width 1500 HU)": (-600.0, 1500.0),
+           "mediastinal window (level 40, width 400 HU)": (40.0, 400.0)}
 #: Colour-blind safe (Okabe and Ito): for the class, against it.
 _FOR, _AGAINST, _STRONGEST = (213, 94, 0), (0, 114, 178), (255, 255, 255)
 _MOST_COLOUR = 0.65
