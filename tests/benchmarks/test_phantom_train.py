@@ -167,6 +167,7 @@ def test_focus_weighs_by_the_loss():
     torch.testing.assert_close(focused_mean(torch.zeros(3)), torch.zeros(()))
 
 
+@pytest.mark.thorough
 def test_run_saves_what_the_reader_takes(out: Path, monkeypatch: pytest.MonkeyPatch):
     found = _trainer(out, monkeypatch)
     seen = []

@@ -78,6 +78,7 @@ def test_other_methods_from_what_was_observed(calibrated: Path, tmp_path: Path, 
     assert ranges() == before
 
 
+@pytest.mark.thorough
 def test_cache_of_its_own(copy: Path, scans: Path, tmp_path: Path, calibrated: Path):
     cache = tmp_path / "cache.json"
     assert main([*CALIBRATE, str(copy), "--data", str(scans), "--samples", "3", "--precision", "int8", "--cache",
