@@ -107,7 +107,7 @@ def parse_names(option: str, text: str, known: Sequence[str], advice: str = "") 
     names = [name.strip() for name in text.split(",")]
     for index, name in enumerate(names):
         if name not in known or name in names[:index]:
-            near = "" if name in known else suggestion(name, known)
+            near = "" if name in known or advice else suggestion(name, known)
             raise InputError(f"{option} {text!r}: expected some of {', '.join(known) or 'none'}, each once{near}"
                              f"{advice}")
     return names
