@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicoms import write_series
 
 import golden
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
@@ -81,6 +82,14 @@ def scans(ct: Path, hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFac
     shutil.copy(ct, folder / "a.nii.gz")
     for index, name in enumerate(("b.nii.gz", "c.nii", "d.nii.gz")):
         write(folder / name, np.roll(hounsfield, 7 * index, axis=index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def series(hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A regular DICOM series; not to be changed."""
+    folder = tmp_path_factory.mktemp("dicom") / "series"
+    write_series(folder, hounsfield)
     return folder
 
 

@@ -22,14 +22,6 @@ from scans import LPS_AFFINE, write
 
 
 @pytest.fixture(scope="module")
-def series(hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A regular series; not to be changed."""
-    folder = tmp_path_factory.mktemp("dicom") / "series"
-    write_series(folder, hounsfield)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def nifti(hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as NIfTI."""
     return write(tmp_path_factory.mktemp("nifti") / "scan.nii.gz", hounsfield, LPS_AFFINE)

@@ -22,14 +22,6 @@ from scans import LPS_AFFINE, write
 
 
 @pytest.fixture(scope="module")
-def series(hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A regular series; not to be changed."""
-    folder = tmp_path_factory.mktemp("slices") / "series"
-    write_series(folder, hounsfield)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def expected(model: Model, hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     """Embedding of the same as NIfTI."""
     return model.embed_image(write(tmp_path_factory.mktemp("nifti") / "scan.nii.gz", hounsfield, LPS_AFFINE))
