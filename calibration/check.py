@@ -19,7 +19,7 @@ from ..runtime.backends.device import Device
 from ..runtime.backends.sampler import Sampler
 from ..runtime.bundle import Bundle
 from ..runtime.engines import GPU_TARGET, EngineRecord, engine_records
-from ..runtime.errors import DcformerError, EngineRefused, InferenceError, InputError
+from ..runtime.errors import DcformerError, EngineRefused, InputError, one_line
 from ..runtime.gpu import current_gpu
 from ..runtime.manifest import ANY_TARGET, Graph, Preprocessing
 from ..runtime.volume import ReadOptions, image_feeds, read_scan, scan_feeds
@@ -112,41 +112,64 @@ class _Reference:
         if "codes" in self.names:
             self._rest = open_part(load_graph(bundle, graph), ["image_embedding"], options.thread_count, ["codes"])
 
-    def feeds(self, graph: Graph) -> list[Mapping[str, NDArray[Any]]]:
-        """What a graph reads."""
-        if self.role == "text":
-            return list(self._tokens)
-        return [image_feeds(graph.inputs, volume[None]) for volume in self._volumes]
+    def feeds(self, graph: Graph, batch: int | None = None) -> list[Mapping[str, NDArray[Any]]]:
+        """What a graph reads, by inference.
+
+        Args:
+            batch: of one inference of all inputs, some of them several times over; None = a scan alone, texts together.
+        """
+        alone: list[Mapping[str, NDArray[Any]]] = list(self._tokens)
+        if self.role == "image":
+            alone = [image_feeds(graph.inputs, volume[None]) for volume in self._volumes]
+        if batch is None:
+            return alone
+        together = {name: np.concatenate([feed[name] for feed in alone]) for name in alone[0]}
+        return [{name: array[np.arange(batch) % len(array)] for name, array in together.items()}]
 
     def run(self, backend: Backend, feeds: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, NDArray[Any]]]:
         """By input, the outputs that are compared."""
         return [dict(zip(self.names, backend.run(feed, self.names), strict=True)) for feed in feeds]
 
     def compare(self, row: Row, found: list[dict[str, NDArray[Any]]], least: Least) -> Row:
-        """A row with its figures."""
+        """A row with its figures.
+
+        Args:
+            found: of all inputs, or of more, as ``feeds`` makes a batch.
+        """
         main, embedding = self.names[0], f"{self.role}_embedding"
-        one, other = (_rows(outputs, main) for outputs in (self._exact, found))
+        other = _rows(found, main)
+        same = np.arange(len(other)) % len(_rows(self._exact, main))
+        one = _rows(self._exact, main)[same]
         noise = signal_to_noise_db(energy(one), energy(one, other)) if np.isfinite(other).all() else -EXACT_DB
         codes = None
         if self._rest is not None:
-            codes = float((_rows(self._exact, "codes") == _rows(found, "codes")).mean())
+            codes = float((_rows(self._exact, "codes")[same] == _rows(found, "codes")).mean())
         kept = {"features" if self.role == "image" else "embeddings": noise >= least.sqnr_db,
                 "codes": codes is None or codes >= least.codes_equal,
-                "embeddings of codes": _cosine(self._from_codes(found), _rows(found, embedding)) >= least.cosine}
+                "embeddings of codes": _cosine(self._from_codes(found, same), _rows(found, embedding)) >= least.cosine}
         return dataclasses.replace(
             row, sqnr_db=noise, least_db=least.sqnr_db, codes_equal=codes,
-            cosine=_cosine(_rows(self._exact, embedding), _rows(found, embedding)),
+            cosine=_cosine(_rows(self._exact, embedding)[same], _rows(found, embedding)),
             max_error=float(np.abs(one - other).max() / np.abs(one).max()),
             failures=tuple(name for name, good in kept.items() if not good))
 
-    def _from_codes(self, found: list[dict[str, NDArray[Any]]]) -> NDArray[np.float32]:
-        """Embeddings that fp32 makes of a graph's own codes; fp32's own where there are none."""
+    def _from_codes(self, found: list[dict[str, NDArray[Any]]], same: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Embeddings that fp32 makes of a graph's own codes; fp32's own where there are none.
+
+        Args:
+            same: which input each row of ``found`` is of.
+        """
         if self._rest is None:
-            return _rows(self._exact, f"{self.role}_embedding")
+            return _rows(self._exact, f"{self.role}_embedding")[same]
         inputs = {entry.name for entry in self._rest.get_inputs()}
-        return np.concatenate([
-            self._rest.run(None, {name: array for name, array in {**feed, **outputs}.items() if name in inputs})[0]
-            for feed, outputs in zip(self._feeds, found, strict=True)])
+        read = {name: np.concatenate([feed[name] for feed in self._feeds]) for name in inputs & set(self._feeds[0])}
+        embeddings, start = [], 0
+        for outputs in found:
+            rows = same[start : start + len(outputs["codes"])]
+            start += len(rows)
+            made = {name: array for name, array in outputs.items() if name in inputs}
+            embeddings.append(self._rest.run(None, {name: array[rows] for name, array in read.items()} | made)[0])
+        return np.concatenate(embeddings)
 
 
 def _rows(outputs: list[dict[str, NDArray[Any]]], name: str) -> NDArray[Any]:
@@ -223,10 +246,35 @@ def _check_engine(bundle: Bundle, record: EngineRecord, reference: _Reference, o
         return dataclasses.replace(row, not_run=f"built from {record.onnx}, which is no longer in the bundle")
     try:
         with contextlib.closing(TensorRtBackend(bundle, record.role, wanted, record=record)) as backend:
-            found = reference.run(backend, reference.feeds(graph))
-    except (DcformerError, ImportError) as error:
+            batch = backend.largest_batch
+            alone = reference.run(backend, [part for feed in reference.feeds(graph) for part in _split(feed, batch)])
+            together = reference.run(backend, reference.feeds(graph, batch)) if batch > 1 else alone
+    except DcformerError as error:
         return dataclasses.replace(row, not_run=str(error))
-    return reference.compare(dataclasses.replace(row, back_end=backend.describe()), found, least)
+    except Exception as error:  # bindings raise classes of their own; the others are still to be checked
+        return dataclasses.replace(row, not_run=one_line(f"{type(error).__name__}: {error}"))
+    row = dataclasses.replace(row, back_end=backend.describe())
+    return _worst(reference.compare(row, alone, least), reference.compare(row, together, least),
+                  f"in a batch of {batch}")
+
+
+def _split(feed: Mapping[str, NDArray[Any]], most: int) -> list[Mapping[str, NDArray[Any]]]:
+    """An inference as several of at most that batch."""
+    batch = len(next(iter(feed.values())))
+    return [{name: array[start : start + most] for name, array in feed.items()} for start in range(0, batch, most)]
+
+
+def _worst(one: Row, other: Row, where: str) -> Row:
+    """Of two measurements of one engine, the worse figures; what only the second fails in says where."""
+    def least(name: str) -> float | None:
+        values = [getattr(row, name) for row in (one, other)]
+        return None if None in values else float(np.minimum(*values))  # NaN stays NaN
+
+    failures = (*one.failures, *(f"{failure} {where}" for failure in other.failures if failure not in one.failures))
+    largest = None if one.max_error is None or other.max_error is None else float(
+        np.maximum(one.max_error, other.max_error))
+    return dataclasses.replace(one, sqnr_db=least("sqnr_db"), cosine=least("cosine"), codes_equal=least("codes_equal"),
+                               max_error=largest, failures=failures)
 
 
 def check_preprocessing(bundle: Bundle, scans: Sequence[Scan], options: Options) -> list[Row]:
@@ -245,8 +293,9 @@ def check_preprocessing(bundle: Bundle, scans: Sequence[Scan], options: Options)
         row = Row(f"preprocessing, {dtype}", "image", graph.precision, f"{gpu.name}, {len(scans)} scans")
         try:
             rows.append(_compare_inputs(row, graph, sampler, scans, spec, options))
-        except InferenceError as error:
+        except DcformerError as error:  # a scan that the kernel does not take, or the GPU's own
             rows.append(dataclasses.replace(row, not_run=str(error)))
+    sampler.close()
     return rows
 
 

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .backends.borrow import borrow
 from .errors import InferenceError, InputError
 from .manifest import Preprocessing
 from .results import Prepared
 from .scan_files import as_scan
+
+#: What results call a scan that came as an array.
+ARRAY = "array"
 
 
 def require_preprocessed(volumes: NDArray[Any], spec: Preprocessing) -> None:
@@ -65,4 +69,4 @@ def scan_name(scan: Any) -> str:
     """What results call a scan: its path or paths, or "array"."""
     if isinstance(scan, Prepared):
         return scan.volume
-    return "array" if isinstance(scan, np.ndarray) else str(as_scan(scan))
+    return ARRAY if isinstance(scan, np.ndarray) or borrow(scan) is not None else str(as_scan(scan))

@@ -8,32 +8,36 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .ahead import ahead
-from .arguments import class_names, require_finite, require_preprocessed, require_tokens, scan_name
+from .arguments import ARRAY, class_names, require_finite, require_tokens, scan_name
 from .backends import Backend, Options, open_graph
 from .backends.base import AUTO, EngineBackend
+from .backends.borrow import OnGpu, borrow, stack
 from .backends.choose import choose_backend
 from .bundle import Bundle, open_bundle
 from .engines import LIBRARIES
 from .errors import BundleError, InputError
+from .image_inputs import ImageInputs
 from .manifest import Graph, Manifest, ZeroShotTask
+from .prompts import stored_prompts
 from .results import Classification, Prepared, ZeroShot
 from .scan_files import SliceFiles, as_scan
 from .scoring import probabilities
 from .text import Tokenizer
-from .volume import ReadOptions, Volume, image_feeds, is_prepared, open_prepared, prepare_scan, read_scan, scan_feeds
+from .volume import ReadOptions, Volume, is_prepared, open_prepared, prepare_scan, read_scan
 
 #: Of an inference of the text tower, whose memory grows with them.
 _TOKENS_AT_ONCE = 8192
 #: What to read: a file, a folder, or a list of DICOM slices.
 Readable = str | Path | SliceFiles | Sequence[str | Path]
-#: That, a preprocessed volume ``[D, H, W]`` float32, or what ``Model.prepare`` made.
-Scan = Readable | NDArray[np.float32] | Prepared
+#: That, a preprocessed volume ``[D, H, W]`` float32, or what ``Model.prepare`` made; with the back ends that run
+#: engines also a volume on the GPU, float32 or float16.
+Scan = Readable | NDArray[np.float32] | OnGpu | Prepared
 
 
 def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, verify: bool = True,
@@ -48,7 +52,8 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
             that works here.
         precision: "fp32", or one that `dcformer calibrate` added: "fp16", "bf16", "int8". openvino needs nothing added
             for "bf16", it computes fp32 graphs so.
-        preprocess: "gpu" makes inputs from a file's voxels on the GPU, for the back ends that run engines.
+        preprocess: "gpu" makes inputs from a file's voxels on the GPU, for the back ends that run engines; "auto" where
+            fewer bytes must go to it.
 
     Raises:
         InputError, BundleError: no bundle there, or a damaged, edited or newer one.
@@ -65,10 +70,14 @@ class Model:
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
         self.choice: str | None = None
-        if options.backend == AUTO:
-            options, self.choice = choose_backend(bundle, options)
-        self._options = options
         self._graphs: dict[str, Backend] = {}
+        if options.backend == AUTO:
+            options, self.choice, tried = choose_backend(bundle, options)
+            if tried is not None:
+                self._graphs["image"] = tried
+        self._options = options
+        self._inputs = ImageInputs(bundle.manifest.preprocessing, options, lambda: self._info("image"),
+                                   lambda: self._graph("image"))
         self._prompts: dict[tuple[str, ...], NDArray[np.float32]] = {}
         self._lock = threading.Lock()
 
@@ -136,15 +145,9 @@ class Model:
         Args:
             timings_ms: gets that of "preprocess".
         """
-        inputs, spec = self._info("image").inputs, self.manifest.preprocessing
         timings = {} if timings_ms is None else timings_ms
         with _timed(timings, "preprocess"):
-            if self._options.preprocess == "gpu":
-                backend = self._graph("image")
-                assert isinstance(backend, EngineBackend)  # Options allows it with engines only
-                feeds = backend.preprocess(volume, spec, inputs)
-            else:
-                feeds = scan_feeds(inputs, volume, spec, threads or self._options.thread_count)
+            feeds = self._inputs.of_scan(volume, threads or self._options.thread_count)
         return Prepared(name, feeds, volume.stored.shape, volume.spacing_hwd_mm, volume.orientation,
                         ", then ".join(map(str, volume.scaling)) or None, "; ".join(volume.notes) or None, timings)
 
@@ -155,17 +158,18 @@ class Model:
         return backend.largest_batch if isinstance(backend, EngineBackend) else None
 
     def embed_batch(self, scans: Sequence[Prepared]) -> NDArray[np.float32]:
-        """Image embeddings ``[n, 512]`` of prepared scans, in one inference unless they lie on the GPU.
+        """Image embeddings ``[n, 512]`` of prepared scans, in one inference unless some lie on the GPU and some do not.
 
         A row may hold NaN or infinity: one scan that overflows must not take its neighbours along.
 
         Raises:
             InferenceError: the inference library failed.
         """
-        if len(scans) == 1 or not all(isinstance(array, np.ndarray) for scan in scans for array in scan.feeds.values()):
-            return np.stack([self._graph("image").run(scan.feeds, ["image_embedding"])[0][0] for scan in scans])
-        feeds = {name: np.concatenate([scan.feeds[name] for scan in scans]) for name in scans[0].feeds}
-        return self._graph("image").run(feeds, ["image_embedding"])[0]
+        run = self._graph("image").run
+        feeds = {name: stack([scan.feeds[name] for scan in scans]) for name in scans[0].feeds}
+        if len(scans) == 1 or any(array is None for array in feeds.values()):
+            return np.stack([run(scan.feeds, ["image_embedding"])[0][0] for scan in scans])
+        return run(feeds, ["image_embedding"])[0]
 
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:
         """Image embedding ``[512]`` of a file (``read_options`` as in ``preprocess``) or a preprocessed array.
@@ -187,23 +191,21 @@ class Model:
         return np.stack(embeddings)
 
     def image_outputs(
-        self, volumes: NDArray[np.float32], outputs: Sequence[str] | None = None
+        self, volumes: NDArray[np.float32] | OnGpu, outputs: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Any output of the image tower for preprocessed volumes ``[B, D, H, W]``; None = all that the manifest lists.
 
         ``image_embedding`` [B, 512], ``feature_map`` [B, C, H', W', D'], with a quantizer ``codes`` [B, tokens] int64,
-        and for a fine-tuned detector ``class_scores`` [B, classes].
+        and for a fine-tuned detector ``class_scores`` [B, classes]. Volumes may also lie on the GPU, as ``Scan``.
 
         Raises:
             InputError: another shape, values outside the window, NaN.
         """
-        volumes = np.asarray(volumes)
-        require_preprocessed(volumes, self.manifest.preprocessing)
         known = [info.name for info in self._info("image").outputs]
         names = list(outputs) if outputs is not None else known
         if isinstance(outputs, str) or not names or not set(names) <= set(known):
             raise InputError(f"outputs: {outputs!r}; expected a list of some of {', '.join(known)}")
-        feeds = image_feeds(self._info("image").inputs, volumes)
+        feeds = self._inputs.of_volumes(volumes)
         return dict(zip(names, self._run("image", feeds, names), strict=True))
 
     # ------------------------------------------------------------------ texts
@@ -231,6 +233,8 @@ class Model:
         ids, mask = require_tokens(ids, mask)
         feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
         at_once = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+        if isinstance(backend := self._graph("text"), EngineBackend):
+            at_once = min(at_once, backend.largest_batch)
         parts = ({name: rows[start : start + at_once] for name, rows in feeds.items()}
                  for start in range(0, len(ids), at_once))
         return np.concatenate([self._run("text", part, ["text_embedding"])[0] for part in parts])
@@ -301,14 +305,15 @@ class Model:
     def _prepare(self, scan: Scan, read_options: dict[str, Any], timings: dict[str, float],
                  threads: int | None = None) -> Prepared:
         inputs, spec = self._info("image").inputs, self.manifest.preprocessing
-        if isinstance(scan, np.ndarray | Prepared) and read_options:
+        lying = borrow(scan)
+        array = lying.with_axis(0) if lying is not None else scan[None] if isinstance(scan, np.ndarray) else None
+        if (array is not None or isinstance(scan, Prepared)) and read_options:
             raise InputError(f"{', '.join(read_options)}: only for files; an array is already preprocessed")
         if isinstance(scan, Prepared):
             return scan
-        if isinstance(scan, np.ndarray):
-            require_preprocessed(scan[None], spec)
-            return Prepared("array", image_feeds(inputs, scan[None]))
-        path = as_scan(scan)
+        if array is not None:
+            return Prepared(ARRAY, self._inputs.of_volumes(array))
+        path = as_scan(cast(Readable, scan))
         if isinstance(path, Path) and is_prepared(path):
             with _timed(timings, "read"):
                 found = open_prepared(path, spec, inputs, ReadOptions(**read_options))
@@ -372,22 +377,11 @@ class Model:
         """``[classes, prompts, 512]``, positive first; from the bundle for its own classes, else computed once."""
         if classes not in self._prompts:
             if classes == task.classes:
-                self._prompts[classes] = self._stored_prompts(task)
+                self._prompts[classes] = stored_prompts(self._bundle, task)
             else:
                 texts = [text for name in classes for text in task.prompts(name)]
                 self._prompts[classes] = self.embed_text(texts).reshape(len(classes), task.prompt_count, -1)
         return self._prompts[classes]
-
-    def _stored_prompts(self, task: ZeroShotTask) -> NDArray[np.float32]:
-        path = self._bundle.path(task.prompt_embeddings)
-        try:
-            stored = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise BundleError(f"{path}: not a usable array ({error}); export the bundle again") from error
-        expected = (len(task.classes), task.prompt_count, self.manifest.embedding_dim)
-        if stored.shape != expected or stored.dtype != np.float32:
-            raise BundleError(f"{path}: {stored.dtype} {list(stored.shape)}; expected float32 {list(expected)}")
-        return stored
 
 
 @contextmanager

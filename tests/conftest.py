@@ -1,20 +1,26 @@
 """Fixtures that several tests share; the expensive ones are made once per session."""
 
+import fcntl
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from dicoms import write_series
+from traces import Traces
 
 import golden
+from dcformer_deploy.export import trace
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
 from dcformer_deploy.export.random_weights import vocabulary
 from dcformer_deploy.runtime import Model, load
 from dcformer_deploy.runtime.cli.app import main
 from scans import write
 
+Once = Callable[[str, Callable[[Path], Any]], Path]
 #: Largest relative error against the golden numbers. 1e-6 is measured, 1e-4 is promised to users.
 GOLDEN_TOLERANCE = 1e-5
 
@@ -25,6 +31,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def traces() -> Iterator[Traces]:
+    """PyTorch's exporter is asked once for each module; ``traced_anew`` is for tests of the exporter itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = Traces()
+        patch.setattr(trace, "_trace", made)
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _traced_once(traces: Traces) -> None:
+    """For every test."""
+
+
+@pytest.fixture
+def traced_anew(traces: Traces, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "_trace", traces.real)
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +67,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pristine_bundle(checkpoint: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bundles") / "nano"
-    export_checkpoint(checkpoint, out, ExportOptions(tokenizer=tokenizer_folder))
-    return out
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes what is expensive and not to be changed once for all of xdist's workers: a folder, by its name."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, write: Callable[[Path], Any]) -> Path:
+        out, done = base / "once" / name, base / "once" / f"{name}.done"
+        out.parent.mkdir(exist_ok=True)
+        with (base / "once" / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(out, ignore_errors=True)
+                write(out)
+                done.touch()
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pristine_bundle(checkpoint: Path, tokenizer_folder: Path, once: Once) -> Path:
+    return once("nano", lambda out: export_checkpoint(checkpoint, out, ExportOptions(tokenizer=tokenizer_folder)))
 
 
 @pytest.fixture
@@ -94,18 +137,30 @@ def series(hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def calibrated(pristine_bundle: Path, scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibrated(pristine_bundle: Path, scans: Path, once: Once) -> Path:
     """The bundle with FP16, BF16 and INT8; by extremes, as scans of mostly padding leave other methods little else."""
-    out = Path(shutil.copytree(pristine_bundle, tmp_path_factory.mktemp("calibrated") / "bundle"))
-    assert main(["calibrate", str(out), "--data", str(scans), "--samples", "3", "--method", "minmax",
-                 "--depthwise", "never", "--precision", "fp16,bf16,int8"]) == 0
-    return out
+    def write_it(out: Path) -> None:
+        shutil.copytree(pristine_bundle, out)
+        assert main(["calibrate", str(out), "--data", str(scans), "--samples", "3", "--method", "minmax",
+                     "--depthwise", "never", "--precision", "fp16,bf16,int8"]) == 0
+
+    return once("calibrated", write_it)
 
 
 @pytest.fixture(scope="session")
-def built(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(calibrated: Path, once: Once) -> Path:
     """The calibrated bundle with engines, as ``fake_gpu.with_engines`` makes it; not to be changed."""
     pytest.importorskip("tensorrt_rtx")
     from fake_gpu import with_engines
 
-    return with_engines(calibrated, tmp_path_factory.mktemp("engines") / "bundle")
+    return once("built", lambda out: with_engines(calibrated, out))
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Those for GPUs, compiled for this machine's processor."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    from fake_gpu import kernels_on_host
+
+    return kernels_on_host(tmp_path_factory.mktemp("kernels"))

@@ -13,6 +13,7 @@ from ..engines import GPU_TARGET, LIBRARIES
 from ..errors import InputError
 from ..manifest import PRECISIONS, Preprocessing, TensorInfo
 from ..volume.types import Volume
+from .borrow import Borrowed
 
 DEVICES = ("cpu", "cuda")
 CPU_BACKENDS = ("onnxruntime", "openvino")
@@ -22,7 +23,8 @@ PROVIDER_BACKENDS = ("onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
 BACKENDS = (*CPU_BACKENDS, *LIBRARIES, *PROVIDER_BACKENDS)
 #: Stands for the best that works.
 AUTO = "auto"
-PREPROCESS = ("cpu", "gpu")
+#: "auto": where fewer bytes go to the GPU, the stored voxels or what the tower reads.
+PREPROCESS = ("cpu", "gpu", "auto")
 #: More than any machine has cores; a library that is asked for more hangs or crashes.
 MOST_THREADS = 1024
 
@@ -34,7 +36,7 @@ class Options:
     ``device``: "cpu" or "cuda". ``threads``: CPU threads of one inference; None = the cores this process may use.
     ``backend``: inference library; "auto": ``choose_backend``. ``precision``: which of a bundle's graphs to run; for
     "bf16", openvino computes those in fp32 in bfloat16. ``preprocess``: where scans become inputs, "cpu" or, for
-    engines, "gpu".
+    engines, "gpu", or "auto" for where fewer bytes must go to the GPU.
     """
 
     device: str = "cpu"
@@ -50,9 +52,9 @@ class Options:
             raise InputError(f"backend: {self.backend!r}; expected one of {', '.join((*BACKENDS, AUTO))}")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
-        if self.preprocess not in PREPROCESS or (self.preprocess == "gpu" and self.backend not in LIBRARIES):
-            raise InputError(f"preprocess: {self.preprocess!r}; expected one of {', '.join(PREPROCESS)}, gpu with the "
-                             f"back ends {', '.join(LIBRARIES)} only")
+        if self.preprocess not in PREPROCESS or (self.preprocess != "cpu" and self.backend not in LIBRARIES):
+            raise InputError(f"preprocess: {self.preprocess!r}; expected cpu, or with the back ends "
+                             f"{', '.join(LIBRARIES)} also gpu or auto")
         if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):
             raise InputError(f"threads: {self.threads!r}; expected 1 to {MOST_THREADS}")
 
@@ -96,4 +98,8 @@ class EngineBackend(Backend, Protocol):
 
     def preprocess(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, Any]:
         """Arrays on the device, by input name, for ``run``."""
+        ...
+
+    def thin(self, volumes: Borrowed, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, Any]:
+        """The same of preprocessed volumes ``[B, D, H, W]`` that are on the device."""
         ...

@@ -6,10 +6,14 @@ On a GPU not run yet; DLPack's structures are read in the tests from arrays of n
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
+
+from ..errors import InputError
 
 #: DLPack's ``DLDeviceType``: kDLCPU, kDLCUDA, kDLCUDAHost (pinned, but on the host), kDLCUDAManaged.
 CPU, CUDA, CUDA_MANAGED = 1, 2, 13
@@ -25,32 +29,126 @@ class _Tensor(ctypes.Structure):
                 ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64)]
 
 
+class _WithInterface(Protocol):
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+class _WithDlpack(Protocol):
+    def __dlpack__(self) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
 @dataclass(frozen=True)
 class Borrowed:
-    """``dtype``: as numpy names it. ``packed``: without gaps, in C order. ``owner``: keeps the memory alive."""
+    """An array on the device.
+
+    ``dtype``: as numpy names it. ``strides``: in elements. ``owner``: keeps the memory alive. ``streams``: of CUDA, by
+    their driver handles, that may still be writing it; None where that is not known.
+    """
 
     address: int
     shape: tuple[int, ...]
     dtype: str
-    packed: bool
+    strides: tuple[int, ...]
     owner: Any
+    streams: tuple[int, ...] | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is without gaps, in C order; an axis of one element may have any stride."""
+        return all(side == 1 or stride == expected for side, stride, expected in
+                   zip(self.shape, self.strides, _packed_strides(self.shape), strict=True))
+
+    def with_axis(self, axis: int) -> Borrowed:
+        """The same memory with another axis of one element."""
+        shape, strides = list(self.shape), list(self.strides)
+        shape.insert(axis, 1)
+        strides.insert(axis, 0)
+        return replace(self, shape=tuple(shape), strides=tuple(strides))
 
 
-def borrow(array: Any, devices: tuple[int, ...] = (CUDA, CUDA_MANAGED)) -> Borrowed | None:
+#: An array on the GPU: of torch, CuPy, PyCUDA, Numba, JAX, …
+OnGpu = _WithInterface | _WithDlpack | Borrowed
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Arrays on the device that are read as one, one after the other along their first axis."""
+
+    parts: tuple[Borrowed, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
+
+    @property
+    def dtype(self) -> str:
+        """Of all parts."""
+        return self.parts[0].dtype
+
+    @property
+    def packed(self) -> bool:
+        """Whether every part is."""
+        return all(part.packed for part in self.parts)
+
+    @property
+    def streams(self) -> tuple[int, ...] | None:
+        """That may still be writing a part; None where that is not known of one."""
+        return streams_of(self.parts)
+
+
+def borrow(array: Any, devices: tuple[int, ...] = (CUDA, CUDA_MANAGED), index: int = 0) -> Borrowed | None:
     """What lies on the device; None for an array on the host.
 
     Args:
         devices: DLPack's kinds of memory to take.
+        index: of the GPU that it must lie on.
+
+    Raises:
+        InputError: it lies on another GPU.
     """
+    if isinstance(array, Borrowed):
+        return array
+    # Arrays of numpy lie on the host, and are many.
+    where = getattr(array, "__dlpack_device__", None) if not isinstance(array, np.ndarray) else None
+    kind, ordinal = where() if where is not None else (None, index)
+    if kind in (CUDA, CUDA_MANAGED) and kind in devices and ordinal != index:
+        raise InputError(f"an array on GPU {ordinal}; the model runs on GPU {index}: copy it there first")
     interface = getattr(array, "__cuda_array_interface__", None)
     if interface is not None:
         dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
         strides = interface.get("strides")
-        packed = strides is None or _is_packed(shape, strides, dtype.itemsize)
-        return Borrowed(int(interface["data"][0]), shape, dtype.name, packed, array)
-    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__") or array.__dlpack_device__()[0] not in devices:
+        steps = tuple(stride // dtype.itemsize for stride in strides) if strides is not None else _packed_strides(shape)
+        return Borrowed(int(interface["data"][0]), shape, dtype.name, steps, array, _streams(interface))
+    return _from_dlpack(array) if kind in devices and hasattr(array, "__dlpack__") else None
+
+
+def stack(arrays: Sequence[Any]) -> Any:
+    """Arrays ``[1, …]`` of several scans as one, on the host or on the device; None for some of each."""
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        return np.concatenate(arrays)
+    found = tuple(part for part in map(borrow, arrays) if part is not None)
+    return Stacked(found) if len(found) == len(arrays) else None
+
+
+def streams_of(arrays: Sequence[Borrowed | Stacked]) -> tuple[int, ...] | None:
+    """That may still be writing one of them; None where that is not known."""
+    found: dict[int, None] = {}
+    for array in arrays:
+        if array.streams is None:
+            return None
+        found.update(dict.fromkeys(array.streams))
+    return tuple(found)
+
+
+def _streams(interface: dict[str, Any]) -> tuple[int, ...] | None:
+    """As the interface's version 3 tells; before it nobody did (numba.readthedocs.io, CUDA Array Interface)."""
+    if interface.get("version", 0) < 3:
         return None
-    return _from_dlpack(array)
+    stream = interface.get("stream")
+    return () if stream is None else (int(stream),)
 
 
 def _from_dlpack(array: Any) -> Borrowed:
@@ -60,19 +158,14 @@ def _from_dlpack(array: Any) -> Borrowed:
     pointer.argtypes, pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
     tensor = _Tensor.from_address(pointer(capsule, b"dltensor"))
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
-    strides = tuple(tensor.strides[axis] for axis in range(tensor.ndim)) if tensor.strides else None
+    strides = tuple(tensor.strides[axis] for axis in range(tensor.ndim)) if tensor.strides else _packed_strides(shape)
     kind = _KINDS.get(tensor.code)
     dtype = f"DLPack type {tensor.code}, {tensor.bits} bits"
     if kind is not None and tensor.lanes == 1 and tensor.bits % 8 == 0:
         dtype = np.dtype(f"{kind}{tensor.bits // 8}").name
-    return Borrowed((tensor.data or 0) + tensor.byte_offset, shape, dtype,
-                    strides is None or _is_packed(shape, strides, 1), capsule)
+    return Borrowed((tensor.data or 0) + tensor.byte_offset, shape, dtype, strides, capsule)
 
 
-def _is_packed(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
-    """Whether strides are those of a C-contiguous array; an axis of one element may have any."""
-    for side, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if side != 1 and stride != step:
-            return False
-        step *= side
-    return True
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """In elements, of a C-contiguous array."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

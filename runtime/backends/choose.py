@@ -7,53 +7,64 @@ import importlib.util
 from collections.abc import Iterator
 
 from ..bundle import Bundle
-from ..engine_library import load_library
-from ..engines import LIBRARIES, find_engine, require_fitting
+from ..engines import LIBRARIES
 from ..errors import DcformerError, InputError
 from ..gpu import current_gpu
 from ..manifest import Manifest
-from .base import CPU_BACKENDS, Options
-from .onnxruntime import import_onnxruntime
+from .base import CPU_BACKENDS, Backend, Options
+from .onnxruntime import OnnxRuntimeBackend, import_onnxruntime
+from .tensorrt import TensorRtBackend
 
 
-def choose_backend(bundle: Bundle, options: Options) -> tuple[Options, str]:
-    """Options with a back end in the place of "auto", and what was found.
+def choose_backend(bundle: Bundle, options: Options) -> tuple[Options, str, Backend | None]:
+    """Options with a back end in the place of "auto", what was found, and on a GPU the image tower, which was tried.
 
-    In this order: an engine for this GPU, by TensorRT before TensorRT-RTX; ONNX Runtime on the GPU; on the CPU, for
-    fp32 the faster of the two back ends where the export has measured both, for bf16 and int8 OpenVINO; ONNX Runtime.
+    In this order: an engine for this GPU that computes, by TensorRT before TensorRT-RTX; ONNX Runtime on the GPU, where
+    it starts; on the CPU, for fp32 the faster of the two back ends where the export has measured both, for bf16 and
+    int8 OpenVINO; ONNX Runtime. ONNX Runtime's TensorRT providers, which first build for minutes, are left for asking.
 
     Raises:
-        InputError: device "cuda", and no engine that works here.
+        InputError: device "cuda", and nothing that works there.
     """
     reasons = []
-    for found, why in _candidates(bundle, options):
+    for found, why, tried in _candidates(bundle, options):
         reasons.append(why)
         if found is not None:
-            return found, "; ".join(reasons)
+            return found, "; ".join(reasons), tried
     raise InputError(f"backend auto on device cuda: {'; '.join(reasons)}")
 
 
-def _candidates(bundle: Bundle, options: Options) -> Iterator[tuple[Options | None, str]]:
+def _candidates(bundle: Bundle, options: Options) -> Iterator[tuple[Options | None, str, Backend | None]]:
     try:
         gpu = current_gpu()
     except DcformerError as error:
-        yield None, f"no GPU: {error}"
+        yield None, f"no GPU: {error}", None
     else:
         for library in LIBRARIES:
+            chosen = dataclasses.replace(options, backend=library, device="cuda")
             try:
-                record = find_engine(bundle, "image", options.precision, library, gpu)
-                require_fitting(bundle, record, load_library(library).version, gpu)
+                engine = TensorRtBackend(bundle, "image", chosen)
+                engine.try_out()
             except DcformerError as error:
-                yield None, f"{library}: {error}"
+                yield None, f"{library}: {error}", None
                 continue
-            yield (dataclasses.replace(options, backend=library, device="cuda"),
-                   f"{library}, as the bundle holds {record.engine} for this {gpu.name}")
-        if "CUDAExecutionProvider" in import_onnxruntime().get_available_providers():
-            yield dataclasses.replace(options, backend="onnxruntime", device="cuda"), f"onnxruntime on this {gpu.name}"
-        yield None, "this onnxruntime has no CUDA"
+            yield chosen, f"{library}, as {engine.record.engine} of the bundle runs on this {gpu.name}", engine
+        chosen = dataclasses.replace(options, backend="onnxruntime", device="cuda")
+        graph = bundle.manifest.graph("image", chosen.graph_precision, chosen.target)
+        if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
+            yield None, "this onnxruntime has no CUDA", None
+        elif graph is not None:
+            try:
+                if graph.weights is not None:
+                    bundle.path(graph.weights)
+                opened = OnnxRuntimeBackend(bundle.path(graph.file), chosen)
+            except DcformerError as error:
+                yield None, f"onnxruntime: {error}", None
+            else:
+                yield chosen, f"onnxruntime on this {gpu.name}", opened
     if options.device == "cuda":
         return
-    yield from _on_the_cpu(bundle, options)
+    yield from ((found, why, None) for found, why in _on_the_cpu(bundle, options))
 
 
 def _on_the_cpu(bundle: Bundle, options: Options) -> Iterator[tuple[Options | None, str]]:

@@ -24,11 +24,12 @@ _FATAL = ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED", "CUDA_ERROR_
           "CUDA_ERROR_HARDWARE_STACK_ERROR", "CUDA_ERROR_ILLEGAL_INSTRUCTION", "CUDA_ERROR_MISALIGNED_ADDRESS",
           "CUDA_ERROR_INVALID_ADDRESS_SPACE", "CUDA_ERROR_INVALID_PC", "CUDA_ERROR_ECC_UNCORRECTABLE",
           "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA_ERROR_CONTEXT_IS_DESTROYED", "CUDA_ERROR_NVLINK_UNCORRECTABLE",
-          "CUDA_ERROR_ASSERT", "CUDA_ERROR_DEINITIALIZED")
+          "CUDA_ERROR_ASSERT", "CUDA_ERROR_DEINITIALIZED", "CUDA_ERROR_CONTAINED", "CUDA_ERROR_TENSOR_MEMORY_LEAK",
+          "CUDA_ERROR_MPS_CLIENT_TERMINATED")
 #: Every tensor begins at a multiple of this; TensorRT asks for 256.
 ALIGNMENT = 256
 #: One for all devices of a process: back ends of one bundle have a ``Device`` each, in one context.
-_RECORDING = threading.Lock()
+_RECORDING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Device:
     def __init__(self, index: int = 0, driver: Any = None) -> None:
         self._driver = driver or import_driver()
         self._lost: str | None = None
-        #: Held while a stream is recorded: waiting for the whole context would then be an error, and spoil the record.
+        #: Held while a stream is recorded, and by what would be an error meanwhile, and spoil the record: waiting for
+        #: the whole context, and, as TensorRT-RTX records in a way that it does not tell, taking and freeing memory.
         self.recording = _RECORDING
         self.call("cuInit", 0)
         self._device = self.call("cuDeviceGet", index)
@@ -74,7 +76,11 @@ class Device:
         if self._lost is not None:
             raise DeviceLost(f"the GPU failed before ({self._lost}); nothing can run on it in this process any more: "
                              "start the program again")
-        status, *values = getattr(self._driver, name)(*arguments)
+        try:
+            status, *values = getattr(self._driver, name)(*arguments)
+        except ValueError as error:  # a status that bindings older than the driver do not know
+            raise InferenceError(f"the NVIDIA driver answered to {name} what cuda-python does not know ({error}); "
+                                 "install a newer one") from error
         if status != self._driver.CUresult.CUDA_SUCCESS:
             self._fail(name, getattr(status, "name", str(status)))
         return values[0] if values else None
@@ -97,6 +103,14 @@ class Device:
         """Wait for everything in the context, also of other libraries."""
         with self.recording:
             self.call("cuCtxSynchronize")
+
+    def wait_for(self, streams: tuple[int, ...] | None) -> None:
+        """Wait for streams of other libraries, by their handles; None: for everything in the context."""
+        if streams is None:
+            self.synchronize()
+            return
+        for stream in streams:
+            self.call("cuStreamSynchronize", stream)
 
     def free(self, kind: str, handle: Any) -> None:
         """Give something back; a lost device has nothing left to free."""
@@ -130,8 +144,12 @@ class Stream:
         self._device.call("cuMemcpyHtoDAsync", target, source, size, self._stream)
 
     def download(self, target: int, source: int, size: int) -> None:
-        """Device to host; ``target`` is pinned memory."""
+        """Device to host; into memory that is not pinned it waits."""
         self._device.call("cuMemcpyDtoHAsync", target, source, size, self._stream)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """From one place on the device to another."""
+        self._device.call("cuMemcpyDtoDAsync", target, source, size, self._stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
         """Record what ``work`` enqueues, without doing it; returns what ``replay`` wants."""
@@ -165,14 +183,15 @@ class Memory:
 
     def __init__(self, device: Device, plan: Plan, staging: bool = True) -> None:
         self._device, self.plan, self._staging = device, plan, None
-        self._block = device.call("cuMemAlloc", plan.total_bytes)
-        if not staging:
-            return
-        try:
-            self._staging = device.call("cuMemAllocHost", plan.total_bytes)
-        except BaseException:
-            device.free("cuMemFree", self._block)
-            raise
+        with device.recording:
+            self._block = device.call("cuMemAlloc", plan.total_bytes)
+            if not staging:
+                return
+            try:
+                self._staging = device.call("cuMemAllocHost", plan.total_bytes)
+            except BaseException:
+                device.free("cuMemFree", self._block)
+                raise
 
     def address(self, name: str) -> int:
         """Of a tensor on the device."""
@@ -191,6 +210,7 @@ class Memory:
 
     def close(self) -> None:
         """Give both back."""
-        if self._staging is not None:
-            self._device.free("cuMemFreeHost", self._staging)
-        self._device.free("cuMemFree", self._block)
+        with self._device.recording:
+            if self._staging is not None:
+                self._device.free("cuMemFreeHost", self._staging)
+            self._device.free("cuMemFree", self._block)

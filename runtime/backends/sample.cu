@@ -1,5 +1,6 @@
-// Samples of the preprocessed volume straight from a scan's stored voxels: the arithmetic of preprocess.py, operation by
-// operation, so that results are the same bits. Compile without contracting products and sums (--fmad=false).
+// Samples of preprocessed volumes: straight from a scan's stored voxels, by the arithmetic of preprocess.py, operation by
+// operation, so that results are the same bits; or of volumes that are on the device. Compile without contracting products
+// and sums (--fmad=false).
 
 enum Kind { INT8, UINT8, INT16, UINT16, INT32, UINT32, FLOAT32, FLOAT64 };
 
@@ -60,17 +61,30 @@ __device__ static float blend(float lower, float upper, float weight) {
     return one + other;
 }
 
-// To the nearest float16, ties to even; for magnitudes below 65520, as preprocessed values are.
+// To the nearest float16, ties to even.
 __device__ static unsigned short to_half(float value) {
     union { float f; unsigned int u; } bits = {value};
     unsigned int sign = (bits.u >> 16) & 0x8000u;
     bits.u &= 0x7fffffffu;
+    if (!(bits.f < 65520.0f))                              // infinity, or NaN, which is less than nothing
+        return (unsigned short)(sign | (bits.f == bits.f ? 0x7c00u : 0x7e00u));
     if (bits.f < 6.103515625e-05f) {                       // below 2^-14 a half's steps are 2^-24
         bits.f = bits.f + 0.5f;                            // whose last bit, added to a half, is a float's last
         return (unsigned short)(sign | (bits.u - 0x3f000000u));
     }
     unsigned int odd = (bits.u >> 13) & 1u;
     return (unsigned short)(sign | ((bits.u - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+__device__ static float from_half(unsigned short half) {
+    unsigned int sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
+    union { unsigned int u; float f; } bits = {rest << 13};
+    if (rest >= 0x7c00u)
+        bits.u |= 0x7f800000u;
+    else
+        bits.f *= 5.192296858534828e33f;                   // 2^112, between the exponents' biases; exact
+    bits.u |= sign;
+    return bits.f;
 }
 
 __device__ static float sample(const Job &job, int h, int w, int d) {
@@ -105,4 +119,32 @@ extern "C" __global__ void sample_lines(Job job) {
         ((unsigned short *)job.result)[at] = to_half(value);
     else
         ((float *)job.result)[at] = value;
+}
+
+// Samples of volumes that are preprocessed and on the device already.
+struct Thinning {
+    const void *volumes;                                      // [B, D, H, W]
+    void *result;                                             // [batch, depth, height, width]; null: only look
+    int *outside;                                             // becomes 1 where a sample is not in [low, high]
+    long long stride_b, stride_d, stride_h, stride_w;         // from one sample to the next, in elements
+    int batch, depth, height, width;
+    int from_float16, to_float16;
+    float low, high;
+};
+
+extern "C" __global__ void thin(Thinning job) {
+    long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= (long long)job.batch * job.depth * job.height * job.width) return;
+    long long rest = index / job.width;
+    long long from = (index % job.width) * job.stride_w + (rest % job.height) * job.stride_h;
+    rest /= job.height;
+    from += (rest % job.depth) * job.stride_d + (rest / job.depth) * job.stride_b;
+    float value = job.from_float16 ? from_half(((const unsigned short *)job.volumes)[from])
+                                   : ((const float *)job.volumes)[from];
+    if (!(value >= job.low && value <= job.high)) *job.outside = 1;
+    if (!job.result) return;
+    if (job.to_float16)
+        ((unsigned short *)job.result)[index] = to_half(value);
+    else
+        ((float *)job.result)[index] = value;
 }

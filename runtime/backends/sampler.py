@@ -1,7 +1,8 @@
-"""Preprocessing on the GPU: samples straight from the stored voxels, by one kernel (``sample.cu``) compiled when used.
+"""What an image tower reads, made on the GPU by the kernels of ``sample.cu``, which are compiled when used.
 
-Its arithmetic is that of ``volume.preprocess``, operation by operation, so results are the same bits; the tests run it
-compiled for the host. On a GPU it has not run yet.
+Of a scan, straight from its stored voxels: the arithmetic is that of ``volume.preprocess``, operation by operation, so
+results are the same bits. Of preprocessed volumes that are on the GPU already: the samples that the tower reads. The
+tests run the kernels compiled for the host. On a GPU they have not run yet.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import importlib
 import itertools
+import math
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,15 @@ from ..errors import InputError, MissingDependency, one_line
 from ..manifest import Preprocessing, TensorInfo
 from ..volume.preprocess import AxisPlan, axis_plans, fit_to_scan
 from ..volume.types import Volume
+from .borrow import Borrowed
 from .device import Device, Memory, Plan, Stream, plan_buffers
 
 SOURCE = Path(__file__).with_name("sample.cu")
 _THREADS = 256
 _MOST_MAPS = 4
+#: What ``arguments.require_preprocessed`` allows beyond the window, too.
+_SLACK = 1e-4
+_FLOATS = ("float32", "float16")
 _KINDS = ("i1", "u1", "i2", "u2", "i4", "u4", "f4", "f8")
 
 
@@ -46,6 +53,15 @@ class Job(ctypes.Structure):
                 *((name, ctypes.c_float) for name in ("clip_low", "clip_high", "resampling_scale", "window_low",
                                                       "window_high", "offset_hu", "scale_hu", "pad")),
                 ("h", _Axis), ("w", _Axis), ("d", _Axis), ("result", ctypes.c_void_p), ("half", ctypes.c_int)]
+
+
+class Thinning(ctypes.Structure):
+    """The argument of the kernel ``thin``, as ``sample.cu`` declares it."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("volumes", "result", "outside")),
+                *((name, ctypes.c_longlong) for name in ("stride_b", "stride_d", "stride_h", "stride_w")),
+                *((name, ctypes.c_int) for name in ("batch", "depth", "height", "width", "from_float16", "to_float16")),
+                ("low", ctypes.c_float), ("high", ctypes.c_float)]
 
 
 @dataclass(frozen=True)
@@ -112,12 +128,48 @@ def _compact(stored: NDArray[Any]) -> NDArray[Any]:
     return stored if high - low <= 2 * stored.nbytes else np.asfortranarray(stored)
 
 
+class _Pool:
+    """Memory that may be used again."""
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._idle, self._closed = device, list[Memory](), False
+        # Reentrant: a finalizer, which gives memory back, may run anywhere, here too.
+        self._lock = threading.RLock()
+
+    def take(self, plan: Plan) -> Memory:
+        """Memory for a plan: one that was used before, if it is large enough, else new one in its place."""
+        with self._lock:
+            memory = self._idle.pop() if self._idle else None
+        if memory is not None and memory.plan.total_bytes >= plan.total_bytes:
+            memory.plan = Plan(plan.offsets, memory.plan.total_bytes)
+            return memory
+        if memory is not None:
+            memory.close()
+        return Memory(self._device, plan)
+
+    def give(self, memory: Memory) -> None:
+        """Take it back."""
+        with self._lock:
+            if not self._closed:
+                self._idle.append(memory)
+                return
+        self._device.use()
+        memory.close()
+
+    def release(self, closing: bool = False) -> None:
+        """Free what nobody uses; when closing, the rest when it is given back."""
+        with self._lock:
+            self._closed, idle, self._idle = closing, self._idle, []
+        for memory in idle:
+            memory.close()
+
+
 class _Lease:
     """Memory that goes back to where it came from once nobody refers to it."""
 
-    def __init__(self, memory: Memory, pool: list[Memory]) -> None:
+    def __init__(self, memory: Memory, pool: _Pool) -> None:
         self.memory = memory
-        weakref.finalize(self, pool.append, memory)
+        weakref.finalize(self, pool.give, memory)
 
 
 class DeviceArray:
@@ -137,9 +189,10 @@ class Sampler:
         self._device = device
         device.use()
         self._module = device.call("cuModuleLoadData", compile_kernel(compute_capability, nvrtc))
-        self._kernel = device.call("cuModuleGetFunction", self._module, b"sample_lines")
+        self._sample, self._thin = (device.call("cuModuleGetFunction", self._module, name)
+                                    for name in (b"sample_lines", b"thin"))
         self._stream = Stream(device)
-        self._pool: list[Memory] = []
+        self._pool = _Pool(device)
         self._lock = threading.Lock()
 
     def feeds(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, DeviceArray]:
@@ -154,49 +207,110 @@ class Sampler:
         uploads = {"voxels": voxels, **{f"{name}/{part}": array for name, task in tasks.items()
                                         for part, array in task.plans.items()}}
         results = {name: int(np.prod(task.shape)) * (2 if task.job.half else 4) for name, task in tasks.items()}
-        memory = self._reserve({name: array.nbytes for name, array in uploads.items()} | results)
+        memory = self._pool.take(plan_buffers({name: array.nbytes for name, array in uploads.items()} | results))
         lease = _Lease(memory, self._pool)
         for name, array in uploads.items():
             memory.view(name, array.shape, array.dtype)[...] = array
-        with self._lock:
+        with self._working():
             for name, array in uploads.items():
                 self._stream.upload(memory.address(name), memory.staging(name), array.nbytes)
             for name, task in tasks.items():
-                self._launch(name, task, memory)
-            self._stream.wait()
+                self._launch(self._sample, _placed(name, task, memory), math.prod(task.shape))
         return {info.name: DeviceArray(lease, info.name, (1, 1, *tasks[info.name].shape), np.dtype(info.dtype))
                 for info in inputs}
 
+    def thin(self, volumes: Borrowed, spec: Preprocessing, inputs: Sequence[TensorInfo]
+             ) -> dict[str, DeviceArray | Borrowed]:
+        """What an image tower reads of preprocessed volumes ``[B, D, H, W]`` on the device; as they lie, where it can.
+
+        Raises:
+            InputError: another shape or dtype; NaN, or values outside the window, where the tower looks.
+        """
+        if len(volumes.shape) != 4 or volumes.shape[1:] != spec.shape_dhw or volumes.dtype not in _FLOATS:
+            sides = ", ".join(map(str, spec.shape_dhw))
+            raise InputError(f"volumes: {volumes.dtype} {list(volumes.shape)} on the GPU; expected "
+                             f"{' or '.join(_FLOATS)} [batch, {sides}] (D, H, W), preprocessed")
+        self._device.use()
+        self._device.wait_for(volumes.streams)
+        batch = volumes.shape[0]
+        shapes = {info.name: (batch, *(int(side) for side in info.axes[-3:])) for info in inputs}
+        in_place = {info.name for info in inputs
+                    if shapes[info.name] == volumes.shape and info.dtype == volumes.dtype and volumes.packed}
+        sizes = {info.name: math.prod(shapes[info.name]) * np.dtype(info.dtype).itemsize for info in inputs
+                 if info.name not in in_place}
+        memory = self._pool.take(plan_buffers({"outside": 4, **sizes}))
+        lease = _Lease(memory, self._pool)
+        outside = memory.view("outside", (1,), np.dtype(np.int32))
+        outside[0] = 0
+        with self._working():
+            self._stream.upload(memory.address("outside"), memory.staging("outside"), 4)
+            for info in inputs:
+                job = _thinning(volumes, shapes[info.name], spec)
+                job.outside, job.to_float16 = memory.address("outside"), int(info.dtype == "float16")
+                job.result = None if info.name in in_place else memory.address(info.name)
+                self._launch(self._thin, job, math.prod(shapes[info.name]))
+            self._stream.download(memory.staging("outside"), memory.address("outside"), 4)
+        if outside[0]:
+            low, high = spec.value_range
+            raise InputError(f"volumes: NaN, or values outside [{low:g}, {high:g}]; expected a preprocessed volume. "
+                             "Pass a file, or use preprocess()")
+        return {info.name: replace(volumes.with_axis(1), streams=()) if info.name in in_place else
+                DeviceArray(lease, info.name, (batch, 1, *shapes[info.name][1:]), np.dtype(info.dtype))
+                for info in inputs}
+
     def fetch(self, array: DeviceArray) -> NDArray[Any]:
-        """An array of ``feeds``, on the host."""
+        """An array of ``feeds`` or ``thin``, on the host."""
         found = np.empty(array.shape, array.dtype)
         self._device.use()
-        with self._lock:
+        with self._working():
             self._stream.download(found.ctypes.data, array.__cuda_array_interface__["data"][0], found.nbytes)
-            self._stream.wait()
         return found
 
-    def _reserve(self, sizes: dict[str, int]) -> Memory:
-        """Memory that was used before, if it is large enough, else new one in its place."""
-        plan = plan_buffers(sizes)
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Alone on the stream; at the end all is done, also where something failed: memory may be used again."""
         with self._lock:
-            memory = self._pool.pop() if self._pool else None
-        if memory is not None and memory.plan.total_bytes >= plan.total_bytes:
-            memory.plan = Plan(plan.offsets, memory.plan.total_bytes)
-            return memory
-        if memory is not None:
-            memory.close()
-        return Memory(self._device, plan)
+            try:
+                yield
+            finally:
+                self._stream.wait()
 
-    def _launch(self, name: str, task: Task, memory: Memory) -> None:
-        job = task.job
-        job.voxels, job.result = memory.address("voxels"), memory.address(name)
-        for axis, part in itertools.product("hwd", ("lower", "upper", "weight")):
-            setattr(getattr(job, axis), part, memory.address(f"{name}/{axis}.{part}"))
+    def release(self) -> None:
+        """Give back memory that nobody uses; the next scan takes new. Others may be at work meanwhile."""
+        self._pool.release()
+
+    def close(self) -> None:
+        """Give everything back but the memory of arrays that somebody still holds; nothing works afterwards."""
+        self._pool.release(closing=True)
+        self._stream.close()
+        self._device.free("cuModuleUnload", self._module)
+
+    def _launch(self, kernel: Any, job: Job | Thinning, count: int) -> None:
+        """Run a kernel on its argument, one thread for each of ``count`` results."""
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
-        blocks = -(-int(np.prod(task.shape)) // _THREADS)
-        self._device.call("cuLaunchKernel", self._kernel, blocks, 1, 1, _THREADS, 1, 1, 0, self._stream.raw,
+        self._device.call("cuLaunchKernel", kernel, -(-count // _THREADS), 1, 1, _THREADS, 1, 1, 0, self._stream.raw,
                           ctypes.addressof(arguments), 0)
+
+
+def _placed(name: str, task: Task, memory: Memory) -> Job:
+    """A task's job with its addresses."""
+    job = task.job
+    job.voxels, job.result = memory.address("voxels"), memory.address(name)
+    for axis, part in itertools.product("hwd", ("lower", "upper", "weight")):
+        setattr(getattr(job, axis), part, memory.address(f"{name}/{axis}.{part}"))
+    return job
+
+
+def _thinning(volumes: Borrowed, shape: tuple[int, ...], spec: Preprocessing) -> Thinning:
+    """Complete but for what is written."""
+    low, high = spec.value_range
+    job = Thinning(volumes=volumes.address, from_float16=int(volumes.dtype == "float16"), low=low - _SLACK,
+                   high=high + _SLACK)
+    job.batch, job.depth, job.height, job.width = shape
+    steps = (1, *(side // kept for side, kept in zip(volumes.shape[1:], shape[1:], strict=True)))
+    job.stride_b, job.stride_d, job.stride_h, job.stride_w = (
+        stride * step for stride, step in zip(volumes.strides, steps, strict=True))
+    return job
 
 
 def compile_kernel(compute_capability: str, nvrtc: Any = None) -> bytes:
@@ -220,8 +334,11 @@ def compile_kernel(compute_capability: str, nvrtc: Any = None) -> bytes:
         return values[0] if values else None
 
     program = ask(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"sample.cu", 0, [], []))
-    options = [f"--gpu-architecture=sm_{compute_capability.replace('.', '')}".encode(), b"--fmad=false"]
-    ask(nvrtc.nvrtcCompileProgram(program, len(options), options))
-    code = b" " * ask(nvrtc.nvrtcGetCUBINSize(program))
-    ask(nvrtc.nvrtcGetCUBIN(program, code))
-    return code
+    try:
+        options = [f"--gpu-architecture=sm_{compute_capability.replace('.', '')}".encode(), b"--fmad=false"]
+        ask(nvrtc.nvrtcCompileProgram(program, len(options), options))
+        code = b" " * ask(nvrtc.nvrtcGetCUBINSize(program))
+        ask(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)

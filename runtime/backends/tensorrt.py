@@ -13,27 +13,29 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engine_library import Library, Log, load_library
-from ..engines import EngineRecord, Gpu, build_command, find_engine, read_engine, require_fitting
-from ..errors import DcformerWarning, DeviceUnavailable, EngineRefused, InferenceError, InputError
-from ..files import atomic_file, cache_folder
+from ..engine_library import Log, load_library
+from ..engines import EngineRecord, find_engine, require_fitting
+from ..errors import DcformerWarning, DeviceLost, DeviceUnavailable, InferenceError, InputError
 from ..gpu import current_gpu
 from ..manifest import Preprocessing, TensorInfo
 from ..volume.types import Volume
 from .base import Options
-from .borrow import Borrowed, borrow
+from .borrow import Borrowed, Stacked, borrow, streams_of
+from .deserialize import Compiled, deserialize
 from .device import Device, Memory, Stream, plan_buffers
 from .sampler import DeviceArray, Sampler
 
 #: Requests that may run at once, each with memory of its own.
 SLOTS = 2
+#: An input: on the host, or on the device as one array or as several.
+_Input = NDArray[Any] | Borrowed | Stacked
 
 
 class Resident(Protocol):
@@ -74,8 +76,8 @@ class TensorRtBackend:
         self._is_rtx = library.is_rtx
         self._device = Device()
         self._device.use()
-        self._engine, self._log = _deserialize(library, bundle, self.record)
-        self._compiled = _Compiled(library, self._engine, self.record, gpu) if self._is_rtx else None
+        self._engine, self._log = deserialize(library, bundle, self.record)
+        self._compiled = Compiled(library, self._engine, self.record, gpu) if self._is_rtx else None
         self._shapes = _Shapes(self.record)
         self._free = threading.BoundedSemaphore(slots)
         self._idle: list[_Slot] = []
@@ -99,9 +101,12 @@ class TensorRtBackend:
         self._device.use()
         with self._slot() as slot:
             found = slot.run(inputs, outputs)
-        if self._compiled is not None:
-            self._compiled.keep()
+        self._keep_compiled(inputs)
         return found
+
+    def try_out(self) -> None:
+        """Compute once, on zeros at the smallest profile: whether the engine works here. Raises like ``run``."""
+        self.run(self._shapes.smallest_feeds(), self._shapes.outputs)
 
     @contextmanager
     def hold(self, feeds: Mapping[str, Any]) -> Iterator[Resident]:
@@ -113,8 +118,7 @@ class TensorRtBackend:
         self._device.use()
         with self._slot() as slot:
             slot.run(inputs, self._shapes.outputs)
-            if self._compiled is not None:
-                self._compiled.keep()
+            self._keep_compiled(inputs)
             yield slot
 
     @property
@@ -129,17 +133,32 @@ class TensorRtBackend:
 
     def preprocess(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, DeviceArray]:
         """What the engine reads of a scan, made on the GPU and left there. Raises like ``scan_feeds``."""
+        return self._open_sampler().feeds(volume, spec, inputs)
+
+    def thin(self, volumes: Borrowed, spec: Preprocessing, inputs: Sequence[TensorInfo]
+             ) -> dict[str, DeviceArray | Borrowed]:
+        """What the engine reads of preprocessed volumes ``[B, D, H, W]`` on the GPU. Raises like ``Sampler.thin``."""
+        return self._open_sampler().thin(volumes, spec, inputs)
+
+    def _open_sampler(self) -> Sampler:
         with self._lock:
             if self._sampler is None:
                 self._sampler = Sampler(self._device, self._gpu.compute_capability)
-        return self._sampler.feeds(volume, spec, inputs)
+            return self._sampler
 
     def close(self) -> None:
-        """Give back the memory of requests that have ended; the next one takes new."""
+        """Give back the memory of requests that have ended, and of scans that were preprocessed; the next take new."""
         with self._lock:
             slots, self._idle = self._idle, []
+        self._device.use()
         for slot in slots:
             slot.close()
+        if self._sampler is not None:
+            self._sampler.release()
+
+    def _keep_compiled(self, inputs: Mapping[str, _Input]) -> None:
+        if self._compiled is not None:
+            self._compiled.keep(tuple((name, tuple(array.shape)) for name, array in inputs.items()))
 
     def describe(self) -> str:
         """Library, version, GPU and engine."""
@@ -160,59 +179,33 @@ class TensorRtBackend:
                 self._idle.append(slot)
 
     def _context(self) -> Any:
-        context = (self._engine.create_execution_context() if self._compiled is None else
-                   self._engine.create_execution_context(self._compiled.config))
+        with self._device.recording:  # it takes memory, and may wait for the GPU
+            context = (self._engine.create_execution_context() if self._compiled is None else
+                       self._engine.create_execution_context(self._compiled.config))
         if context is None:
             raise InferenceError(f"{self.record.engine}: no execution context ({self._log.last()}); most often for "
                                  "want of GPU memory")
         return context
 
 
-class _Compiled:
-    """TensorRT-RTX compiles for the GPU at first use; what it compiled is kept for the next start."""
-
-    def __init__(self, library: Library, engine: Any, record: EngineRecord, gpu: Gpu) -> None:
-        self._path = cache_folder() / "tensorrt_rtx" / (
-            f"{record.sha256[:20]}-{gpu.compute_capability}-{record.version}.cache")
-        self.config = engine.create_runtime_config()
-        self.config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        # By default the first runs of a shape use a slower kernel, while a thread compiles the one for that shape.
-        self.config.dynamic_shapes_kernel_specialization_strategy = (
-            library.module.DynamicShapesKernelSpecializationStrategy.EAGER)
-        self._cache = self.config.create_runtime_cache()
-        if self._path.exists():
-            self._cache.deserialize(self._path.read_bytes())
-        self.config.set_runtime_cache(self._cache)
-        self._kept = self._path.exists()
-
-    def keep(self) -> None:
-        """Write it, after the first run."""
-        if self._kept:
-            return
-        self._kept = True
-        try:
-            with atomic_file(self._path) as temporary:
-                temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
-        except (OSError, InputError) as error:
-            warnings.warn(f"{self._path}: {error}; tensorrt_rtx compiles anew each time. XDG_CACHE_HOME names another "
-                          "folder", DcformerWarning, stacklevel=3)
-
-
 class _Shapes:
     """What the record says of inputs and outputs."""
 
     def __init__(self, record: EngineRecord) -> None:
-        self._record = record
+        self.engine = record.engine
         self._profile = record.profiles[0]
         self.inputs = [tensor.name for tensor in record.tensors if tensor.is_input]
         self.outputs = [tensor.name for tensor in record.tensors if not tensor.is_input]
         self.dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in record.tensors}
         self._declared = {tensor.name: tensor.shape for tensor in record.tensors}
 
-    def check(self, name: str, array: Any) -> NDArray[Any] | Borrowed:
+    def check(self, name: str, array: Any) -> _Input:
         """The input, contiguous on the host or as it lies on the device, if the engine takes it."""
         profile = self._profile[name]
-        found = borrow(array)
+        found = array if isinstance(array, Stacked) else borrow(array)
+        if isinstance(array, DeviceArray) and isinstance(found, Borrowed):
+            # Brought to the slot's own memory: where it lies changes from scan to scan, and with it what was recorded.
+            found = Stacked((found,))
         if found is None:
             found = np.ascontiguousarray(array)
         shape, dtype = tuple(found.shape), str(found.dtype)
@@ -220,12 +213,16 @@ class _Shapes:
             raise InputError(f"{name}: {dtype}; the engine takes {self.dtypes[name]}")
         if len(shape) != len(profile.largest) or not all(
                 low <= side <= high for low, side, high in zip(profile.smallest, shape, profile.largest, strict=True)):
-            raise InputError(f"{name}: {list(shape)}; the engine {self._record.engine} was built for "
+            raise InputError(f"{name}: {list(shape)}; the engine {self.engine} was built for "
                              f"{list(profile.smallest)} to {list(profile.largest)}; split the batch, or build with a "
                              "larger --max-batch")
-        if isinstance(found, Borrowed) and not found.packed:
+        if not isinstance(found, np.ndarray) and not found.packed:
             raise InputError(f"{name}: an array on the device with gaps; make it contiguous first")
         return found
+
+    def smallest_feeds(self) -> dict[str, NDArray[Any]]:
+        """Zeros, of the smallest shapes."""
+        return {name: np.zeros(self._profile[name].smallest, self.dtypes[name]) for name in self.inputs}
 
     @property
     def largest_batch(self) -> int:
@@ -257,12 +254,12 @@ class _Slot:
         self._bound: tuple[Any, ...] | None = None
         self._fresh = True
         self._graph: Any = None
+        self._records = not is_rtx
 
-    def run(self, inputs: Mapping[str, NDArray[Any] | Borrowed], outputs: Sequence[str]) -> list[NDArray[Any]]:
+    def run(self, inputs: Mapping[str, _Input], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Upload, compute, download, wait."""
-        uploads = self.bind(inputs)
-        for name, size in uploads.items():
-            self._stream.upload(self._memory.address(name), self._memory.staging(name), size)
+        for name, array in self.bind(inputs).items():
+            self._transfer(name, array)
         self.enqueue()
         return self.fetch(outputs)
 
@@ -276,25 +273,25 @@ class _Slot:
         """Device memory for inputs and outputs."""
         return self._memory.plan.total_bytes
 
-    def bind(self, inputs: Mapping[str, NDArray[Any] | Borrowed]) -> dict[str, int]:
+    def bind(self, inputs: Mapping[str, _Input]) -> dict[str, NDArray[Any] | Stacked]:
         """Tell the engine where its inputs and outputs lie; arrays of the host are in staging memory then.
 
         Returns:
-            Bytes to upload, by input.
+            Those that must be brought to the slot's own memory.
         """
-        addresses, uploads = {}, {}
+        addresses, brought = {}, {}
+        self._device.wait_for(streams_of([array for array in inputs.values() if not isinstance(array, np.ndarray)]))
         for name, array in inputs.items():
             if isinstance(array, Borrowed):
                 addresses[name] = array.address
-            else:
+                continue
+            if isinstance(array, np.ndarray):
                 self._memory.view(name, array.shape, array.dtype)[...] = array
-                addresses[name] = self._memory.address(name)
-                uploads[name] = array.nbytes
-        if len(uploads) < len(inputs):
-            self._device.synchronize()  # whoever made the arrays may still be writing them
+            addresses[name] = self._memory.address(name)
+            brought[name] = array
         bound = tuple(sorted((name, addresses[name], tuple(array.shape)) for name, array in inputs.items()))
         if bound == self._bound:
-            return uploads
+            return brought
         # A graph holds addresses and the kernels for one shape.
         self._forget_graph()
         for name, array in inputs.items():
@@ -302,16 +299,36 @@ class _Slot:
         for name, address in (addresses | {name: self._memory.address(name) for name in self._shapes.outputs}).items():
             self._require(self._context.set_tensor_address(name, address), f"the address of {name}")
         self._bound, self._fresh = bound, True
-        return uploads
+        return brought
+
+    def _transfer(self, name: str, array: NDArray[Any] | Stacked) -> None:
+        target = self._memory.address(name)
+        if isinstance(array, np.ndarray):
+            self._stream.upload(target, self._memory.staging(name), array.nbytes)
+            return
+        for part in array.parts:
+            size = math.prod(part.shape) * self._shapes.dtypes[name].itemsize
+            self._stream.copy(target, part.address, size)
+            target += size
 
     def enqueue(self) -> None:
         """Enqueue the engine: at first as it is, which lets it allocate; the second time recorded; then replayed."""
-        if self._is_rtx or self._fresh:
+        if self._fresh or not self._records:
+            with self._device.recording if self._fresh and self._is_rtx else nullcontext():  # it records by itself
+                self._enqueue()
             self._fresh = False
-            self._enqueue()
             return
         if self._graph is None:
-            self._graph = self._stream.capture(self._enqueue)
+            try:
+                self._graph = self._stream.capture(self._enqueue)
+            except DeviceLost:
+                raise
+            except InferenceError as error:  # nothing was computed; what cannot be recorded can still be run
+                self._records = False
+                warnings.warn(f"{self._shapes.engine}: cannot be recorded as a CUDA graph ({error}); it runs without, "
+                              "which costs the host more time", DcformerWarning, stacklevel=4)
+                self._enqueue()
+                return
         self._stream.replay(self._graph)
 
     def fetch(self, outputs: Sequence[str]) -> list[NDArray[Any]]:
@@ -341,28 +358,3 @@ class _Slot:
         self._forget_graph()
         self._memory.close()
         self._stream.close()
-
-
-def _deserialize(library: Library, bundle: Bundle, record: EngineRecord) -> tuple[Any, Log]:
-    log = Log(library)
-    runtime = library.module.Runtime(log.logger)
-    engine = runtime.deserialize_cuda_engine(read_engine(bundle, record)) if runtime else None
-    if engine is None:
-        raise EngineRefused(f"{bundle.folder / record.engine}: {library.name} {library.version} refuses it here: "
-                            f"{log.last()}; run on this machine: "
-                            f"{build_command(bundle.folder, record.precision, record.library)}")
-    if record.flags.get("strip_weights"):
-        _refit(library, bundle, record, engine, log)
-    return engine, log
-
-
-def _refit(library: Library, bundle: Bundle, record: EngineRecord, engine: Any, log: Log) -> None:
-    """Give an engine that was built without its weights those of its ONNX file."""
-    refitter = library.module.Refitter(engine, log.logger)
-    parser = library.module.OnnxParserRefitter(refitter, log.logger)
-    if record.weights is not None:
-        bundle.path(record.weights)  # raises if it is no longer the file that was checked
-    if not parser.refit_from_file(str(bundle.path(record.onnx))) or not refitter.refit_cuda_engine():
-        raise EngineRefused(f"{bundle.folder / record.engine}: its weights cannot be filled in from {record.onnx}: "
-                            f"{log.last()}; run without --strip-weights: "
-                            f"{build_command(bundle.folder, record.precision, record.library)}")

@@ -139,7 +139,7 @@ def _choices(bundle: Path) -> dict[str, str]:
     found: dict[str, Any] = {}
     for precision in PRECISIONS:
         try:
-            options, why = choose_backend(opened, Options(backend=AUTO, precision=precision))
+            options, why, _ = choose_backend(opened, Options(backend=AUTO, precision=precision))
             graph = opened.manifest.graph("image", options.graph_precision, options.target)
             found[precision] = why if graph is not None else "not in this bundle"
         except DcformerError as error:

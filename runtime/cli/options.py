@@ -45,7 +45,8 @@ scans_argument = click.argument(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print only JSON on standard output.")
 preprocess_option = click.option("--preprocess", type=click.Choice(PREPROCESS), default=PREPROCESS[0],
                                  show_default=True,
-                                 help="Where scans become inputs; gpu: with the back ends that run engines.")
+                                 help="Where scans become inputs; gpu: with the back ends that run engines; auto: "
+                                 "where fewer bytes go to the GPU.")
 keep_going_option = click.option("--keep-going", is_flag=True,
                                  help="Go on after a scan that cannot be read; the exit code is 2 all the same.")
 

@@ -95,6 +95,7 @@ def test_agreement_is_recorded_for_real_and_random_input(pristine_bundle: Path):
     assert all(0 < a.max_relative_error < 1e-5 and a.cosine > 0.999999 for a in manifest.agreement)
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_same_checkpoint_gives_the_same_files(checkpoint: Path, tokenizer_folder: Path, tmp_path: Path):
     """But for graphs of single targets, which depend on what was measured while others used the machine."""
     files = [export_checkpoint(checkpoint, tmp_path / name, ExportOptions(tokenizer=tokenizer_folder, targets=())).files

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dcformer_deploy.runtime.backends.borrow import CPU, borrow
+from dcformer_deploy.runtime import InputError
+from dcformer_deploy.runtime.backends.borrow import CPU, CUDA, Stacked, borrow, stack
 
 
 class Foreign:
@@ -61,6 +62,55 @@ def test_memory_lives_as_long_as_it_is_borrowed():
     del found
     gc.collect()
     assert alive() is None
+
+
+class OnDevice:
+    """As torch, CuPy or JAX make it. ``interface``: beyond shape, type and address."""
+
+    def __init__(self, array: np.ndarray, device: int = 0, **interface: object) -> None:
+        self._device = device
+        self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 3,
+                                         "data": (array.ctypes.data, False), "strides": array.strides, **interface}
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA, self._device
+
+
+@pytest.mark.parametrize(("interface", "streams"), [
+    ({}, ()), ({"stream": None}, ()), ({"stream": 2}, (2,)), ({"stream": 77}, (77,)), ({"version": 2}, None)])
+def test_who_may_still_be_writing(interface: dict[str, object], streams: tuple[int, ...] | None):
+    found = borrow(OnDevice(np.zeros((2, 3)), **interface))
+    assert found is not None
+    assert found.streams == streams
+    assert found.strides == (3, 1)
+    other = borrow(OnDevice(np.zeros((4, 3)), stream=5))
+    assert other is not None
+    assert Stacked((found, other)).streams == (None if streams is None else (*streams, 5))
+    assert Stacked((found, other)).shape == (6, 3)
+
+
+def test_on_another_gpu():
+    with pytest.raises(InputError, match="an array on GPU 1; the model runs on GPU 0: copy it there first"):
+        borrow(OnDevice(np.zeros(3), device=1))
+
+
+def test_one_more_axis():
+    found = borrow(OnDevice(np.zeros((2, 6))[:, ::2]))
+    assert found is not None
+    assert not found.packed
+    assert found.with_axis(0).shape == (1, 2, 3)
+    assert found.with_axis(1).strides == (6, 0, 2)
+    whole = borrow(OnDevice(np.zeros((2, 3))))
+    assert whole is not None
+    assert whole.with_axis(1).packed
+
+
+def test_several_as_one():
+    one, other = np.zeros((1, 2)), np.ones((1, 2))
+    np.testing.assert_array_equal(stack([one, other]), [[0, 0], [1, 1]])
+    stacked = stack([OnDevice(one), OnDevice(other)])
+    assert [part.address for part in stacked.parts] == [one.ctypes.data, other.ctypes.data]
+    assert stack([one, OnDevice(other)]) is None
 
 
 def test_what_lies_on_the_host_is_not_borrowed():

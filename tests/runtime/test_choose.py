@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_gpu import install, with_engines
+from fake_gpu import Status, install, with_engines
 
 from dcformer_deploy.runtime import InputError, load
 from dcformer_deploy.runtime.backends import Options, choose
@@ -36,15 +36,16 @@ def test_on_a_cpu(pristine_bundle: Path, monkeypatch: pytest.MonkeyPatch):
     auto = Options(backend="auto")
     for ms, expected in (({"onnxruntime": 160.0, "openvino": 170.0}, "onnxruntime"),
                          ({"onnxruntime": 390.0, "openvino": 170.0}, "openvino"), ({"openvino": 1.0}, "onnxruntime")):
-        options, why = choose_backend(_measured(bundle, **ms), auto)
+        options, why, tried = choose_backend(_measured(bundle, **ms), auto)
         assert (options.backend, options.device) == (expected, "cpu")
         assert "no GPU: there is none; " in why
+        assert tried is None
     assert "onnxruntime 390 ms, openvino 170 ms" in choose_backend(
         _measured(bundle, onnxruntime=390.0, openvino=170.0), auto)[1]
     for precision, expected in (("bf16", "openvino"), ("int8", "openvino"), ("fp16", "onnxruntime")):
         assert choose_backend(bundle, dataclasses.replace(auto, precision=precision))[0].backend == expected
     monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
-    options, why = choose_backend(bundle, dataclasses.replace(auto, precision="int8"))
+    options, why, _ = choose_backend(bundle, dataclasses.replace(auto, precision="int8"))
     assert options.backend == "onnxruntime"
     assert "openvino is not installed" in why
     with pytest.raises(InputError, match="backend auto on device cuda: no GPU: there is none"):
@@ -56,11 +57,12 @@ def test_on_a_gpu(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     bundle = with_engines(calibrated, tmp_path / "bundle")
     fake = install(bundle, monkeypatch)
     opened = open_bundle(bundle)
-    options, why = choose_backend(opened, Options(backend="auto", precision="fp16"))
+    options, why, tried = choose_backend(opened, Options(backend="auto", precision="fp16"))
     assert (options.backend, options.device) == ("tensorrt", "cuda")
-    assert why == "tensorrt, as the bundle holds image.fp16.tensorrt.sm90.engine for this NVIDIA H100"
+    assert why == "tensorrt, as image.fp16.tensorrt.sm90.engine of the bundle runs on this NVIDIA H100"
+    assert tried is not None
     fake.versions["tensorrt"] = "10.12.0"
-    options, why = choose_backend(opened, Options(backend="auto", precision="fp16"))
+    options, why, _ = choose_backend(opened, Options(backend="auto", precision="fp16"))
     assert options.backend == "tensorrt_rtx"
     assert why.startswith("tensorrt: ")
     assert "built by tensorrt 10.13.2, here is 10.12.0" in why
@@ -68,9 +70,25 @@ def test_on_a_gpu(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(choose, "import_onnxruntime", lambda: SimpleNamespace(
             get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]))
-        options, why = choose_backend(opened, Options(backend="auto", precision="int8"))
+        options, why, _ = choose_backend(opened, Options(backend="auto", precision="int8"))
+        assert options.backend == "openvino"  # what the real onnxruntime answers: it has no CUDA
+        assert "; onnxruntime: " in why
+        patch.setattr(choose, "OnnxRuntimeBackend", lambda path, options: (path, options))
+        options, why, tried = choose_backend(opened, Options(backend="auto", precision="int8"))
         assert (options.backend, options.device) == ("onnxruntime", "cuda")
         assert why.endswith("onnxruntime on this NVIDIA H100")
+        assert tried == (opened.folder / "image.int8.tensorrt.onnx", options)
+    engines = dict(fake.engines)
+    fake.engines.clear()  # the record fits, and the library refuses all the same
+    options, why, tried = choose_backend(opened, Options(backend="auto", precision="fp16"))
+    assert (options.backend, options.device, tried) == ("onnxruntime", "cpu", None)
+    assert "the plan file is corrupt" in why
+    fake.engines.update(engines)
+    fake.driver.fail["cuStreamSynchronize"] = Status.CUDA_ERROR_OUT_OF_MEMORY
+    fake.versions["tensorrt"] = "10.13.2"
+    options, why, _ = choose_backend(opened, Options(backend="auto", precision="fp16"))
+    assert options.backend == "tensorrt_rtx"  # it loads, and does not compute
+    assert "tensorrt: out of GPU memory" in why
     fake.driver.capability = (7, 5)
     assert choose_backend(opened, Options(backend="auto", precision="fp16"))[0].backend == "onnxruntime"
 

@@ -13,28 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import FakeDriver, Status, install, kernels_on_host, with_engines
+from fake_gpu import FakeDriver, Status, install, with_engines
 
 from dcformer_deploy.runtime import InputError, load
 from dcformer_deploy.runtime.backends import Options, sampler
+from dcformer_deploy.runtime.backends.borrow import Borrowed, borrow
 from dcformer_deploy.runtime.backends.device import Device
-from dcformer_deploy.runtime.backends.sampler import SOURCE, Job, Sampler, compile_kernel, plan_task
+from dcformer_deploy.runtime.backends.sampler import SOURCE, Job, Sampler, Thinning, compile_kernel, plan_task
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.errors import InferenceError, MissingDependency
 from dcformer_deploy.runtime.manifest import Preprocessing, TensorInfo
-from dcformer_deploy.runtime.volume import scan_feeds
+from dcformer_deploy.runtime.volume import image_feeds, scan_feeds
 from dcformer_deploy.runtime.volume.types import LinearMap, Volume
 
 SPEC = Preprocessing((24, 32, 40))
 LINES = [TensorInfo(f"lines_{axis}", "float32", ("batch", 1, *sides))
          for axis, sides in (("d", (24, 8, 10)), ("h", (6, 32, 10)), ("w", (6, 8, 40)))]
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    return kernels_on_host(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture
@@ -108,8 +102,79 @@ def test_float16(driver: FakeDriver, kernels: Any):
     np.testing.assert_array_equal(found, values.astype(np.float16).view(np.uint16))
 
 
-def test_the_struct_is_what_the_kernel_declares(kernels: Any):
+def test_halves_are_numpys(kernels: Any):
+    """All of them, infinities and NaN too, both ways."""
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    values = halves.view(np.float16).astype(np.float32)
+    found = np.array([kernels.float_of(int(half)) for half in halves], np.float32)
+    np.testing.assert_array_equal(found, values)
+    back = np.array([kernels.half_of(value) for value in values], np.uint16).view(np.float16)
+    np.testing.assert_array_equal(back, values.astype(np.float16))
+    for value in (65519.9, 65520.0, 1e30, -65520.0, np.inf, -np.inf, np.nan):
+        with np.errstate(over="ignore"):
+            expected = np.float16(value)
+        np.testing.assert_array_equal(np.uint16(kernels.half_of(value)).view(np.float16), expected)
+
+
+def test_the_structs_are_what_the_kernels_declare(kernels: Any):
     assert ctypes.sizeof(Job) == kernels.job_bytes()
+    assert ctypes.sizeof(Thinning) == kernels.thinning_bytes()
+
+
+def _lying(array: np.ndarray) -> Borrowed:
+    steps = tuple(stride // array.itemsize for stride in array.strides)
+    return Borrowed(array.ctypes.data, array.shape, array.dtype.name, steps, array, ())
+
+
+def _on_host(array: Any) -> np.ndarray:
+    borrowed = borrow(array)
+    assert borrowed is not None and borrowed.packed
+    block = (ctypes.c_byte * (int(np.prod(borrowed.shape)) * np.dtype(borrowed.dtype).itemsize))
+    return np.frombuffer(block.from_address(borrowed.address), borrowed.dtype).reshape(borrowed.shape).copy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("read", ["float32", "float16"])
+def test_volumes_on_the_device(driver: FakeDriver, dtype: str, read: str):
+    """Lines of them, the same as of arrays on the host; with gaps, too."""
+    made = Sampler(Device(driver=driver), "9.0")
+    volumes = np.random.default_rng(0).uniform(-1, 1, (3, *SPEC.shape_dhw)).astype(dtype)
+    infos = [dataclasses.replace(info, dtype=read) for info in LINES]
+    wide = np.zeros((3, 24, 32, 50), dtype)
+    wide[..., 5:45] = volumes
+    for lying in (volumes, wide[..., 5:45], volumes.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)):
+        found = made.thin(_lying(lying), SPEC, infos)
+        for name, expected in image_feeds(infos, volumes).items():
+            np.testing.assert_array_equal(_on_host(found[name]), expected)
+            assert _on_host(found[name]).dtype == read
+
+
+def test_whole_volumes_on_the_device_are_not_copied(driver: FakeDriver):
+    made = Sampler(Device(driver=driver), "9.0")
+    volumes = np.random.default_rng(0).uniform(-1, 1, (2, *SPEC.shape_dhw)).astype(np.float16)
+    infos = [TensorInfo("volume", "float16", ("batch", 1, *SPEC.shape_dhw))]
+    found = borrow(made.thin(_lying(volumes), SPEC, infos)["volume"])
+    assert found is not None
+    assert (found.address, found.shape) == (volumes.ctypes.data, (2, 1, *SPEC.shape_dhw))
+    assert found.owner is volumes
+    other = made.thin(_lying(volumes), SPEC, [dataclasses.replace(infos[0], dtype="float32")])["volume"]
+    np.testing.assert_array_equal(_on_host(other), volumes[:, None].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("value", [1.01, -1.01, np.nan, np.inf])
+def test_volumes_on_the_device_that_are_no_preprocessed_ones(driver: FakeDriver, value: float, dtype: str):
+    made = Sampler(Device(driver=driver), "9.0")
+    volumes = np.zeros((2, *SPEC.shape_dhw), dtype)
+    for infos in (LINES, [TensorInfo("volume", dtype, ("batch", 1, *SPEC.shape_dhw))]):
+        made.thin(_lying(volumes), SPEC, infos)
+        volumes[1, 20, 28, 36] = value
+        with pytest.raises(InputError, match=r"volumes: NaN, or values outside \[-1, 1\]; expected a preprocessed"):
+            made.thin(_lying(volumes), SPEC, infos)
+        volumes[1, 20, 28, 36] = 0
+    for wrong in (volumes[:, 1:], volumes[0], volumes.astype(np.float64)):
+        with pytest.raises(InputError, match=r"on the GPU; expected float32 or float16 \[batch, 24, 32, 40\]"):
+            made.thin(_lying(wrong), SPEC, LINES)
 
 
 def test_memory_is_used_again(driver: FakeDriver):
@@ -121,6 +186,16 @@ def test_memory_is_used_again(driver: FakeDriver):
         del feeds
         gc.collect()
     assert driver.calls.count("cuMemAlloc") == 2
+    made.release()
+    assert not driver.blocks
+    held = made.feeds(small, SPEC, LINES)
+    made.close()
+    assert len(driver.blocks) == 2
+    assert not driver.streams
+    del held
+    gc.collect()
+    assert not driver.blocks
+    made = Sampler(Device(driver=driver), "9.0")
     one, other = (made.feeds(small, SPEC, LINES) for _ in range(2))
     addresses = {array.__cuda_array_interface__["data"][0] for feeds in (one, other) for array in feeds.values()}
     assert len(addresses) == 6  # what someone still holds is not written over
@@ -147,7 +222,7 @@ def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(MissingDependency, match="NVRTC is not installed .*; pip install 'cuda-python"):
         compile_kernel("9.0")
     for where, backend in (("gpu", "onnxruntime"), ("tpu", "tensorrt")):
-        with pytest.raises(InputError, match="preprocess: '.pu'; expected one of cpu, gpu, gpu with the back ends"):
+        with pytest.raises(InputError, match="preprocess: '.pu'; expected cpu, or with the back ends"):
             Options(preprocess=where, backend=backend)
 
 
@@ -165,7 +240,8 @@ def test_from_a_file_to_an_embedding(calibrated: Path, scans: Path, kernels: Any
     """On eight threads, preprocessed on the GPU or not: the same embeddings; `dcformer check` compares inputs, too."""
     pytest.importorskip("tensorrt_rtx")
     bundle = with_engines(calibrated, tmp_path / "bundle")
-    install(bundle, monkeypatch).driver.kernels = kernels
+    sampled = install(bundle, monkeypatch)
+    sampled.driver.kernels = kernels
     monkeypatch.setattr(sampler, "compile_kernel", lambda capability, nvrtc: b"machine code")
     models = [load(bundle, device="cuda", backend="tensorrt", precision="fp16", preprocess=where)
               for where in ("cpu", "gpu")]
@@ -175,6 +251,22 @@ def test_from_a_file_to_an_embedding(calibrated: Path, scans: Path, kernels: Any
         found = list(pool.map(models[1].embed_image, paths * 4))
     for embedding, wanted in zip(found, [*expected] * 4, strict=True):
         np.testing.assert_array_equal(embedding, wanted)
+    paths, expected = paths[:3], expected[:3]  # that the engines take at once
+    prepared = [models[1].prepare(path) for path in paths]
+    ran = [model._graph("image") for model in models]
+    driver = sampled.driver
+    driver.calls.clear()
+    np.testing.assert_array_equal(models[1].embed_batch(prepared), expected)
+    assert driver.calls.count("cuStreamSynchronize") == 1  # one inference, of all of them
+    assert driver.calls.count("cuMemcpyDtoDAsync") == len(paths) * 3
+    assert driver.calls.count("cuMemcpyHtoDAsync") == driver.calls.count("cuCtxSynchronize") == 0
+    mixed = models[1].embed_batch([prepared[0], models[0].prepare(paths[1])])
+    np.testing.assert_array_equal(mixed, expected[:2])
+    for model in ran:
+        model.close()  # type: ignore[attr-defined]
+    del prepared
+    gc.collect()
+    assert not driver.blocks
     arguments = ["check", str(bundle), "--data", str(scans), "--samples", "2", "--json"]
 
     def checked() -> dict[str, Any]:
@@ -187,7 +279,7 @@ def test_from_a_file_to_an_embedding(calibrated: Path, scans: Path, kernels: Any
         "preprocessing, float32": 0, "preprocessing, float16": 0}
     real = kernels.sample_lines
     monkeypatch.setattr(install(bundle, monkeypatch).driver, "kernels", SimpleNamespace(
-        sample_lines=lambda job, blocks, threads: real(job, blocks // 2, threads)))
+        sample_lines=lambda job, blocks, threads: real(job, blocks // 2, threads), thin=kernels.thin))
     assert main(arguments) == 1
     assert [row["passed"] for row in checked().values()] == [False, False]
 

@@ -5,6 +5,8 @@ import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from fake_gpu import FakeDriver, FakeTensorRt, Status, install
 
 from dcformer_deploy.calibration.emulate import emulated_bundle
 from dcformer_deploy.runtime import InputError, gpu, load
-from dcformer_deploy.runtime.backends import Options, device, tensorrt
+from dcformer_deploy.runtime.backends import Options, device, sampler, tensorrt
 from dcformer_deploy.runtime.backends.device import plan_buffers
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.engines import find_engine
@@ -75,7 +77,7 @@ def test_arrays_on_the_device_are_read_where_they_are(built: Path, expected: Mod
     class OnDevice:
         def __init__(self, array: np.ndarray, strides: tuple[int, ...] | None = None) -> None:
             self.shape, self._array = array.shape, array
-            self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 3,
+            self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 2,
                                              "data": (array.ctypes.data, False), "strides": strides}
 
     options = Options("cuda", backend="tensorrt", precision="fp16")
@@ -96,6 +98,85 @@ def test_arrays_on_the_device_are_read_where_they_are(built: Path, expected: Mod
         backend.run(gaps, ["feature_map"])
     packed = {name: OnDevice(array, array.strides) for name, array in host.items()}
     np.testing.assert_array_equal(backend.run(packed, ["feature_map"])[0], wanted)
+
+
+def test_volumes_on_the_device(built: Path, expected: Model, library: FakeTensorRt, kernels: Any,
+                               monkeypatch: pytest.MonkeyPatch):
+    """Through the model itself: what torch, CuPy or JAX hold there, scores as the same volume from the host."""
+    library.driver.kernels = kernels
+    monkeypatch.setattr(sampler, "compile_kernel", lambda capability, nvrtc: b"machine code")
+    model = _model(built)
+    volumes = _volumes(model, 2)
+
+    class OnDevice:
+        def __init__(self, array: np.ndarray) -> None:
+            self._array = array
+            self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 3,
+                                             "data": (array.ctypes.data, False), "strides": array.strides}
+
+    for kind in (np.float32, np.float16):
+        host = volumes.astype(kind)
+        wanted = expected.image_outputs(host.astype(np.float32))
+        for name, array in model.image_outputs(OnDevice(host)).items():
+            np.testing.assert_array_equal(array, wanted[name])
+        scored = model.zero_shot(OnDevice(host[1]))
+        assert scored.volume == "array"
+        np.testing.assert_array_equal(model.embed_image(OnDevice(host[1])), wanted["image_embedding"][1])
+        np.testing.assert_array_equal(model.embed_images([OnDevice(one) for one in host]), wanted["image_embedding"])
+    with pytest.raises(InputError, match="NaN, or values outside"):
+        model.embed_image(OnDevice(volumes[0] + 1))
+    with pytest.raises(InputError, match="spacing: only for files"):
+        model.embed_image(OnDevice(volumes[0]), spacing=(1, 1, 1))
+    with pytest.raises(InputError, match="an array on the GPU: onnxruntime on cpu takes arrays on the host; copy it"):
+        load(built).embed_image(OnDevice(volumes[0]))
+
+
+def test_more_texts_than_an_engine_takes(built: Path, expected: Model, library: FakeTensorRt):
+    texts = [f"There are {number} nodules." for number in range(10)]
+    np.testing.assert_array_equal(_model(built).embed_text(texts), expected.embed_text(texts))
+
+
+def test_others_streams_are_waited_for(built: Path, library: FakeTensorRt):
+    """Before what they write is read."""
+    options = Options("cuda", backend="tensorrt", precision="fp16")
+    backend = tensorrt.TensorRtBackend(open_bundle(built), "text", options)
+    driver = library.driver
+    stream, ids = driver.cuStreamCreate(0)[1], np.zeros((1, 4), np.int64)
+    driver.enqueue(stream, lambda: ids.__setitem__(slice(None), 7))
+    interface = {"shape": (1, 4), "typestr": "<i8", "version": 3, "data": (ids.ctypes.data, False), "stream": stream}
+    mask = np.ones((1, 4), np.int64)
+    found = backend.run({"input_ids": SimpleNamespace(__cuda_array_interface__=interface), "attention_mask": mask},
+                        ["text_embedding"])
+    wanted = backend.run({"input_ids": np.full((1, 4), 7), "attention_mask": mask}, ["text_embedding"])
+    np.testing.assert_array_equal(found[0], wanted[0])
+    assert "cuCtxSynchronize" not in driver.calls
+
+
+def test_what_cannot_be_recorded_is_run_all_the_same(built: Path, expected: Model, library: FakeTensorRt):
+    library.records = False
+    model = _model(built)
+    volumes = _volumes(model, 1)
+    wanted = expected.image_outputs(volumes)["codes"]
+    np.testing.assert_array_equal(model.image_outputs(volumes)["codes"], wanted)
+    with pytest.warns(DcformerWarning, match=r"image.fp16.tensorrt.sm90.engine: cannot be recorded as a CUDA graph \("
+                      "the engine refused to run: operation not permitted when stream is capturing"):
+        np.testing.assert_array_equal(model.image_outputs(volumes)["codes"], wanted)
+    for _ in range(3):  # nobody tries again, and nobody warns again
+        np.testing.assert_array_equal(model.image_outputs(volumes)["codes"], wanted)
+    assert library.driver.calls.count("cuStreamBeginCapture") == 1
+    assert not library.driver.captured
+    assert library.contexts == 1
+
+
+def test_version_compatible_engines_bring_code_that_is_allowed(built: Path, library: FakeTensorRt):
+    bundle = open_bundle(built)
+    record = find_engine(bundle, "image", "fp16", "tensorrt", None)
+    options = Options("cuda", backend="tensorrt", precision="fp16")
+    library.host_code = True
+    with pytest.raises(EngineRefused, match="host executable code is not allowed"):
+        tensorrt.TensorRtBackend(bundle, "image", options, record=record)
+    lean = dataclasses.replace(record, version_compatible=True)
+    tensorrt.TensorRtBackend(bundle, "image", options, record=lean).try_out()
 
 
 def test_what_an_engine_does_not_take(built: Path, library: FakeTensorRt):
@@ -190,8 +271,18 @@ def test_what_rtx_compiled_is_kept(built: Path, library: FakeTensorRt, tmp_path:
     assert not list(tmp_path.iterdir())
     backend.run(feeds, ["text_embedding"])
     assert library.compiled == b""
-    tensorrt.TensorRtBackend(open_bundle(built), "text", options)
-    assert library.compiled == b"compiled"
+    (path,) = (tmp_path / "dcformer-deploy" / "tensorrt_rtx").iterdir()
+    assert "NVIDIA-H100" in path.name
+    other = tensorrt.TensorRtBackend(open_bundle(built), "text", options)
+    assert library.compiled == path.read_bytes() == b"compiled"
+    longer = {name: np.ones((1, 5), np.int64) for name in feeds}
+    other.run(longer, ["text_embedding"])
+    assert path.read_bytes() == b"compiledcompiled"  # what a new shape has compiled, too
+    library.takes_compiled, library.compiled = False, b""  # of another driver, say
+    path.write_bytes(b"of before")
+    tensorrt.TensorRtBackend(open_bundle(built), "text", options).run(feeds, ["text_embedding"])
+    assert library.compiled == b""
+    assert path.read_bytes() == b"compiledcompiled"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(DcformerWarning, match="tensorrt_rtx compiles anew each time"):
