@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.errors import DcformerError
+from ..runtime.errors import DcformerError, one_line
 from ..runtime.machine import machine
 from .contenders import Entrant, Job, open_contender
 
@@ -56,7 +57,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Report:
-    """A benchmark run and the machine that it ran on."""
+    """A benchmark run and the machine that it ran on. ``left_out``: contenders that failed, with their reasons."""
 
     date: str
     machine: str
@@ -65,6 +66,7 @@ class Report:
     volume_dhw: tuple[int, int, int]
     contenders: tuple[Measurement, ...]
     scan: str | None = None
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -164,7 +166,7 @@ def _peak_rss_mb() -> float:
 
 def measure(
     entrants: Sequence[Entrant], encoder: str, shape: tuple[int, int, int], runs: int,
-    on_run: Callable[[str], None] = lambda _: None,
+    on_run: Callable[[str], None] = lambda _: None, keep_going: bool = False,
 ) -> Report:
     """Measure contenders by turns; the first is the one that the others are compared with.
 
@@ -172,29 +174,53 @@ def measure(
         shape: (D, H, W) of the volume.
         runs: measured inferences of each contender, after one warm-up beyond the cold start.
         on_run: told what runs next; for progress display.
+        keep_going: leave out contenders that fail instead of raising.
 
     Raises:
         DcformerError: a contender cannot be loaded or its process died.
     """
     workers: list[Worker] = []
+    started: list[Worker] = []
+    left_out: dict[str, str] = {}
+
+    def guarded(name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except DcformerError as error:
+            if not keep_going:
+                raise
+            left_out[name] = one_line(str(error))
+            workers[:] = [worker for worker in workers if worker.name != name]
+
+    def start(entrant: Entrant) -> None:
+        workers.append(Worker(entrant, shape))
+        started.append(workers[-1])
+
+    latencies: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
+    peaks: dict[str, float] = {}
+
+    def run(worker: Worker, is_measured: bool) -> None:
+        elapsed = worker.run()
+        if is_measured:
+            latencies[worker.name].append(elapsed)
+
     try:
         for entrant in entrants:
             on_run(f"{entrant.name}: cold start")
-            workers.append(Worker(entrant, shape))
-        latencies: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
+            guarded(entrant.name, partial(start, entrant))
         for turn in range(runs + 1):
             # The order turns round every time, so that no contender always follows the same one.
-            for worker in workers if turn % 2 else reversed(workers):
+            for worker in list(workers) if turn % 2 else list(reversed(workers)):
                 on_run(f"{worker.name}: {turn} of {runs}" if turn else f"{worker.name}: warm-up")
                 time.sleep(_PAUSE_S)
-                elapsed = worker.run()
-                if turn:
-                    latencies[worker.name].append(elapsed)
-        peaks = {worker.name: worker.close() for worker in workers}
+                guarded(worker.name, partial(run, worker, turn > 0))
+        for worker in list(workers):
+            guarded(worker.name, lambda worker=worker: peaks.update({worker.name: worker.close()}))
     finally:
-        for worker in workers:
+        for worker in started:
             worker.kill()
-    first, job = workers[0], entrants[0].job
+    job = entrants[0].job
+    first = workers[0] if workers else None
     return Report(
         date=datetime.date.today().isoformat(),
         machine=machine(),
@@ -204,9 +230,10 @@ def measure(
         contenders=tuple(
             _summary(worker, latencies[worker.name], peaks[worker.name], latencies[first.name],
                      first.embedding if job.same_weights and worker is not first else None)
-            for worker in workers
+            for worker in workers if first is not None
         ),
         scan=None if job.scan is None else str(job.scan),
+        left_out=tuple(left_out.items()),
     )
 
 

@@ -24,6 +24,11 @@ from .errors import BundleError, DcformerWarning, EngineRefused
 GPU_TARGET = "tensorrt"
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 SCHEMA_VERSION = 1
+#: Major versions of TensorRT, of building and of running, across which version-compatible engines load. NVIDIA's
+#: support matrix of 11.4.1 ("Engine Portability") names these and, too old for this project, those of 8 in 10, and says
+#: that there are no others. Exceptions in its release notes are left to the library, which then refuses the engine.
+#: https://docs.nvidia.com/deeplearning/tensorrt/11.4.1/getting-started/support-matrix.html
+_ACROSS_MAJORS = {(10, 11)}
 #: Of ``EngineRecord.compute_capability``: any GPU from Ampere on. TensorRT-RTX builds for these by default, though
 #: NVIDIA's support matrix names 8.6, 8.9 and 12.0 only: whether one in between loads is the library's to say.
 PORTABLE = "8.0+"
@@ -50,7 +55,7 @@ class EngineTensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """Layers of the network that was built from, by kind."""
+    """How many layers of one kind there are."""
 
     kind: str
     count: int
@@ -65,7 +70,9 @@ class EngineRecord:
     that holds code for each. ``gpu``: where it was built,
     None without one. ``profiles``: shapes by input. ``flags``: builder settings other than the library's defaults.
     ``layers``: of the network, before the library fuses it. ``activation_bytes``: what the preflight found to be alive
-    at once at the largest profile, unfused.
+    at once at the largest profile, unfused; each request that runs has its own. ``engine_layers``: of the engine, after
+    fusion, as the library's inspector names them, most common first; None if it was built on a machine that cannot run
+    it, or before this field was there. Run with a faked inspector only.
     """
 
     schema_version: int
@@ -91,6 +98,7 @@ class EngineRecord:
     build_seconds: float
     built: str
     machine: str
+    engine_layers: tuple[Layer, ...] | None = None
 
     @property
     def files(self) -> tuple[str, str]:
@@ -207,11 +215,12 @@ def build_command(folder: Path, precision: str, library: str) -> str:
 
 
 def _loads(record: EngineRecord, version: str) -> bool:
-    """Version-compatible engines load in later releases of one major version; others in the very same release."""
+    """Version-compatible engines load in later releases; others, TensorRT-RTX's among them, in the very same."""
     if record.version == version:
         return True
     built, here = _version(record.version), _version(version)
-    return record.version_compatible and built[:1] == here[:1] and built <= here
+    majors = (*built[:1], *here[:1])
+    return record.version_compatible and built <= here and (built[:1] == here[:1] or majors in _ACROSS_MAJORS)
 
 
 def _version(text: str) -> tuple[int, ...]:

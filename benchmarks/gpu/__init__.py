@@ -17,7 +17,8 @@ class Row:
     stream, inputs on the device.
     ``scans_per_s``: with inferences one upon the other. ``ratio``: how many times faster than the first contender, the
     median over paired runs. ``own_mb``: what the library says that it holds; ``device_mb``: by how much the driver's
-    free memory fell. ``build_s``: of the engine, from its record. ``load_ms``: up to the first result, in a process
+    free memory fell; ``peak_mb``: how much more was taken at most while it was loaded and first run, by NVML.
+    ``build_s``: of the engine, from its record. ``load_ms``: up to the first result, in a process
     that runs already. ``cosine``: the worst, of embeddings with the first contender's. ``floor_ms``: the larger of the
     two floors; ``to_floor``: the median over it. ``problem``: why it could not run; then figures are None.
     """
@@ -34,6 +35,7 @@ class Row:
     ratio: float | None = None
     own_mb: float | None = None
     device_mb: float | None = None
+    peak_mb: float | None = None
     build_s: float | None = None
     load_ms: float | None = None
     cosine: float | None = None

@@ -28,6 +28,8 @@ from .clock import Enqueues
 TORCH = {"torch-fp32": ("float32", "contiguous_format", False), "torch-fp16": ("float16", "contiguous_format", False),
          "torch-fp16-channels-last": ("float16", "channels_last_3d", False),
          "torch-compile-fp16": ("float16", "contiguous_format", True)}
+#: Those that are tuned and compiled for each batch anew.
+COMPILED = tuple(name for name, (_, _, is_compiled) in TORCH.items() if is_compiled)
 #: ONNX Runtime's CUDA, by precision of the graph.
 ONNXRUNTIME = {"onnxruntime-cuda-fp32": "fp32", "onnxruntime-cuda-fp16": "fp16"}
 _EMBEDDING = "image_embedding"
@@ -60,6 +62,23 @@ class Work:
     checkpoint: Path | None
     volumes: NDArray[np.float32]
     threads: int
+
+
+def choose_names(bundle: Bundle, against: str | None) -> list[str]:
+    """What to run: all, or those of a list such as "torch-fp32,tensorrt-fp16".
+
+    Raises:
+        InputError: one that is not known.
+    """
+    known = names_of(bundle)
+    if against is None:
+        return known
+    chosen = [name.strip() for name in against.split(",")]
+    for index, name in enumerate(chosen):
+        if name not in known or name in chosen[:index]:
+            raise InputError(f"--against {name!r}: with --device cuda expected some of {', '.join(known)}, each once "
+                             "(engines: those that the bundle has)")
+    return chosen
 
 
 def names_of(bundle: Bundle) -> list[str]:

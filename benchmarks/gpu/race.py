@@ -23,24 +23,29 @@ from ...runtime.machine import machine
 from ...runtime.provenance import ANY_TARGET
 from . import Floors, GpuReport, Row
 from .clock import Clock
-from .contenders import Contender, Work, let_go, open_contender
+from .contenders import COMPILED, Contender, Work, let_go, open_contender
 from .floors import floor_ms, measure_floors
+from .nvml import PeakMemory
 
 #: Runs of one turn, so that the GPU's clock does not fall between them; turns at least and at most.
 _REPEATS, _LEAST_TURNS, _MOST_TURNS = 5, 20, 120
 _LEAST_FOR_P99 = 500
+#: What is compiled anew for each batch is left out of later ones if that took longer.
+_LONGEST_LOAD_MS = 60e3
 #: How long inferences follow upon each other for the throughput.
 _SUSTAINED_MS = 1e3
 _SEED = 0
 
 
 def race(bundle: Bundle, checkpoint: Path | None, names: Sequence[str], batches: Sequence[int], threads: int,
-         budget_s: float, on_stage: Callable[[str], None] = lambda _: None) -> GpuReport:
+         budget_s: float, on_stage: Callable[[str], None] = lambda _: None,
+         on_batch: Callable[[GpuReport], None] = lambda _: None) -> GpuReport:
     """Measure contenders of these names at each batch; the first that runs is the one that others are compared with.
 
     Args:
         names: of ``contenders.names_of``.
         budget_s: measured seconds per batch, roughly; at least ``_LEAST_TURNS`` turns are run all the same.
+        on_batch: gets what is known after each batch: what follows may take long, or end the process.
 
     Raises:
         DeviceUnavailable: no GPU.
@@ -53,21 +58,32 @@ def race(bundle: Bundle, checkpoint: Path | None, names: Sequence[str], batches:
     floors = measure_floors(device, clock)
     manifest = bundle.manifest
     multiply_adds = count(get_encoder(manifest.encoder), manifest.input_size).multiply_accumulates
-    rows: list[Row] = []
-    lost = None
+    report = GpuReport(
+        datetime.date.today().isoformat(), machine(),
+        f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 2**30:.0f} GiB",
+        manifest.encoder, manifest.preprocessing.shape_dhw, multiply_adds, floors, ())
+    least, lost = _least_multiply_adds(bundle, multiply_adds), None
     for batch in batches:
+        skipped = _tuned_too_long(report.rows, names)
+        rows = [Row(name, batch, problem=lost or skipped.get(name)) for name in names if lost or name in skipped]
         if lost is None:
             work = Work(bundle, checkpoint, _volumes(bundle, batch), threads)
             try:
-                rows += _race_batch(work, names, clock, budget_s, on_stage)
-                continue
+                rows += _race_batch(work, [name for name in names if name not in skipped], clock, budget_s, on_stage)
             except DeviceLost as error:  # what was finished before is still worth having
                 lost = one_line(str(error))
-        rows += [Row(name, batch, problem=lost) for name in names]
-    finished = tuple(_with_floor(row, floors, bundle, _least_multiply_adds(bundle, multiply_adds)) for row in rows)
-    return GpuReport(datetime.date.today().isoformat(), machine(),
-                     f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 2**30:.0f} GiB",
-                     manifest.encoder, manifest.preprocessing.shape_dhw, multiply_adds, floors, finished)
+                rows = [Row(name, batch, problem=lost) for name in names]
+        report = dataclasses.replace(
+            report, rows=report.rows + tuple(_with_floor(row, floors, bundle, least) for row in rows))
+        on_batch(report)
+    return report
+
+
+def _tuned_too_long(rows: Sequence[Row], names: Sequence[str]) -> dict[str, str]:
+    """Contenders that are compiled for each batch anew and took too long already, with the reason."""
+    return {row.name: f"left out: it took {row.load_ms / 1e3:.0f} s to compile for a batch of {row.batch}; --against "
+                      f"{row.name} measures it alone"
+            for row in rows if len(names) > 1 and row.name in COMPILED and (row.load_ms or 0) > _LONGEST_LOAD_MS}
 
 
 def _volumes(bundle: Bundle, batch: int) -> NDArray[np.float32]:
@@ -124,17 +140,19 @@ def _load(name: str, work: Work, clock: Clock, stack: contextlib.ExitStack) -> t
     let_go()
     free, start = clock.free_bytes(), time.perf_counter()
     row = Row(name, len(work.volumes))
-    try:
-        contender = stack.enter_context(open_contender(name, work))
-    except DeviceLost:
-        raise
-    except Exception as error:  # ONNX Runtime's and PyTorch's own have no common base
-        return dataclasses.replace(row, problem=_told(error)), None
+    with PeakMemory() as peak:
+        try:
+            contender = stack.enter_context(open_contender(name, work))
+        except DeviceLost:
+            raise
+        except Exception as error:  # ONNX Runtime's and PyTorch's own have no common base
+            return dataclasses.replace(row, problem=_told(error)), None
     own = contender.own_bytes()
     return dataclasses.replace(
         row, precision=contender.precision, description=contender.describe(), build_s=contender.build_s,
         load_ms=(time.perf_counter() - start) * 1e3, own_mb=own / 2**20 if own else None,
-        device_mb=(free - clock.free_bytes()) / 2**20), contender
+        device_mb=(free - clock.free_bytes()) / 2**20,
+        peak_mb=None if peak.grown_bytes is None else peak.grown_bytes / 2**20), contender
 
 
 def _told(error: Exception) -> str:

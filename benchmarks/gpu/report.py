@@ -14,7 +14,7 @@ from ..measure import Measurement, Report
 from . import GpuReport, Row
 
 COLUMNS = ("", "batch", "median ms", "p95 ms", "p99 ms", "times the first", "scans/s", "times its floor", "own MB",
-           "device MB", "build s", "load ms", "cosine")
+           "device MB", "peak MB", "build s", "load ms", "cosine")
 PROCESS_COLUMNS = ("", "median ms", "p95 ms", "times the first", "cold start ms", "peak RSS MB")
 
 
@@ -32,13 +32,19 @@ def cells(row: Row) -> list[str]:
 
     return [row.name, str(row.batch), number(row.median_ms, 2), number(row.p95_ms, 2), number(row.p99_ms, 2),
             number(row.ratio, 2), number(row.scans_per_s, 1), number(row.to_floor, 1), number(row.own_mb, 0),
-            number(row.device_mb, 0), number(row.build_s, 1), number(row.load_ms, 0), number(row.cosine, 5)]
+            number(row.device_mb, 0), number(row.peak_mb, 0), number(row.build_s, 1), number(row.load_ms, 0), number(row.cosine, 5)]
 
 
 def title(report: GpuReport) -> str:
     """What was measured, where and when."""
     size = "x".join(map(str, report.volume_dhw))
     return f"{report.encoder}, volumes {size}; {report.gpu}; {report.machine}; {report.date}"
+
+
+def problems(report: GpuReport, processes: Report | None) -> list[str]:
+    """What could not run, and why."""
+    found = [f"{row.name}, batch {row.batch}: {row.problem}" for row in report.rows if row.problem is not None]
+    return found + [f"{name}, in a process of its own: {why}" for name, why in (processes.left_out if processes else ())]
 
 
 def markdown(report: GpuReport, processes: Report | None) -> str:
@@ -49,7 +55,7 @@ def markdown(report: GpuReport, processes: Report | None) -> str:
     if processes is not None:
         lines += [f"{_work(processes)}, the host's time:", "", *markdown_table(
             PROCESS_COLUMNS, [process_cells(measured) for measured in processes.contenders]), ""]
-    lines += [f"- {row.name}, batch {row.batch}: {row.problem}" for row in report.rows if row.problem is not None]
+    lines += [f"- {problem}" for problem in problems(report, processes)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -76,8 +82,7 @@ def write_report(report: GpuReport, processes: Report | None, folder: Path) -> l
     with atomic_file(paths[1]) as path:
         path.write_text(json.dumps(to_dict(report, processes), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     sections = [Section("On the device", COLUMNS, [cells(row) for row in report.rows if row.problem is None],
-                        [_floors(report), *(f"{row.name}, batch {row.batch}: {row.problem}" for row in report.rows
-                                            if row.problem is not None)], COLUMNS.index("median ms"))]
+                        [_floors(report), *problems(report, processes)], COLUMNS.index("median ms"))]
     if processes is not None:
         sections.append(Section(f"{_work(processes)}, the host's time", PROCESS_COLUMNS,
                                 [process_cells(one) for one in processes.contenders], bars=1))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import onnx
 from ...runtime.engine_library import Library, Log
 from ...runtime.engines import EngineTensor, Layer, Shapes
 from ...runtime.errors import BuildFailed, DeviceUnavailable, InputError, one_line
-from ...runtime.files import atomic_file
+from .timing_cache import attach_timing_cache, store_timing_cache
+from .watch import Watch, monitor, run_apart
 
 #: Axes whose length a profile gives.
 BATCH, SEQUENCE = "batch", "sequence"
@@ -49,7 +50,6 @@ class BuildOptions:
     tf32: bool = False
     version_compatible: bool = False
     strip_weights: bool = False
-    refit: bool = False
     hardware: str = HARDWARE[0]
     gpus: tuple[str, ...] = ()
     timing_cache: Path | None = None
@@ -72,14 +72,6 @@ class Built:
     seconds: float
 
 
-@dataclass
-class Watch:
-    """Hears of the build's phases, and may stop it. ``on_phase``: called with each phase's name."""
-
-    on_phase: Callable[[str], None] = lambda _: None
-    stopped: bool = field(default=False, init=False)
-
-
 def build_engine(library: Library, path: Path, options: BuildOptions, watch: Watch | None = None) -> Built:
     """Parse an ONNX file and build.
 
@@ -89,16 +81,21 @@ def build_engine(library: Library, path: Path, options: BuildOptions, watch: Wat
         KeyboardInterrupt: after Ctrl-C, once the library has stopped.
     """
     watch = watch or Watch()
-    # In a thread of its own: an exception that a signal raises in what the library calls back would be lost there.
-    with ThreadPoolExecutor(1, thread_name_prefix="engine build") as pool:
-        try:
-            future = pool.submit(_build, library, path, options, watch)
-            while not future.done():
-                wait([future], timeout=0.1)
-        except BaseException:  # Ctrl-C, or what SIGTERM raises; leaving waits until the library has stopped
-            watch.stopped = True
-            raise
-        return future.result()
+    return run_apart(partial(_build, library, path, options, watch), watch)
+
+
+def parser_refusal(library: Library, path: Path) -> str | None:
+    """Why the library's parser refuses an ONNX file, with nodes and operators; None if it takes it.
+
+    Keeps nothing: what was parsed is given back.
+    """
+    return run_apart(partial(_refusal, library, path), Watch())
+
+
+def _refusal(library: Library, path: Path) -> str | None:
+    log = Log(library)
+    builder = library.module.Builder(log.logger)
+    return _parse(library.module, builder.create_network(_network_flags(library.module)), log, path)
 
 
 def _build(library: Library, path: Path, options: BuildOptions, watch: Watch) -> Built:
@@ -106,14 +103,15 @@ def _build(library: Library, path: Path, options: BuildOptions, watch: Watch) ->
     log = Log(library)
     builder = trt.Builder(log.logger)
     network = builder.create_network(_network_flags(trt))
-    _parse(trt, network, log, path)
+    if (refusal := _parse(trt, network, log, path)) is not None:
+        raise BuildFailed(refusal)
     config = builder.create_builder_config()
     cache = _configure(library, config, options)
     profile, shapes = _profile(builder, network, path, options)
     config.add_optimization_profile(profile)
     tensors, layers = _describe(trt, network), _layers(network)
-    monitor = _monitor(trt, watch)
-    config.progress_monitor = monitor
+    progress = monitor(trt, watch)
+    config.progress_monitor = progress
     start = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     if watch.stopped:
@@ -121,9 +119,7 @@ def _build(library: Library, path: Path, options: BuildOptions, watch: Watch) ->
     if plan is None:
         raise BuildFailed(f"{path}: {library.name} {library.version} could not build it: {log.all()}")
     if cache is not None and options.timing_cache is not None:
-        options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(options.timing_cache) as temporary:
-            temporary.write_bytes(bytes(memoryview(cache.serialize())))
+        store_timing_cache(cache, options.timing_cache)
     return Built(bytes(memoryview(plan)), shapes, tensors, layers, time.perf_counter() - start)
 
 
@@ -133,18 +129,22 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parse(trt: Any, network: Any, log: Log, path: Path) -> None:
+def _parse(trt: Any, network: Any, log: Log, path: Path) -> str | None:
     parser = trt.OnnxParser(network, log.logger)
     if parser.parse_from_file(str(path)):
-        return
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = list(dict.fromkeys(_error(error) for error in errors)) or [log.all()]
-    raise BuildFailed(f"{path}: the ONNX parser refuses it: {'; '.join(told)}")
+        return None
+    alike: dict[tuple[str, str], dict[int, Any]] = {}
+    for error in map(parser.get_error, range(parser.num_errors)):
+        alike.setdefault((error.node_operator(), error.desc()), {})[error.node()] = error
+    told = "; ".join(_told(list(errors.values())) for errors in alike.values()) or log.all()
+    return f"{path}: the ONNX parser refuses it: {told}"
 
 
-def _error(error: Any) -> str:
-    node = f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
-    return one_line(f"{node}{error.desc()}")
+def _told(errors: list[Any]) -> str:
+    """Of errors that say the same of one operator: the first node, and how many more, which can be hundreds."""
+    first = errors[0]
+    node = f"node {first.node()} {first.node_name()!r} ({first.node_operator()}): " if first.node_operator() else ""
+    return one_line(f"{node}{first.desc()}{f' (and {len(errors) - 1} more nodes)' if len(errors) > 1 else ''}")
 
 
 def _configure(library: Library, config: Any, options: BuildOptions) -> Any:
@@ -160,8 +160,7 @@ def _configure(library: Library, config: Any, options: BuildOptions) -> Any:
         config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, options.tiling.upper())
     # TensorRT's default is to compute float32 with 10 bits, which nobody asked for.
     (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
-    for wanted, name in ((options.version_compatible, "VERSION_COMPATIBLE"), (options.strip_weights, "STRIP_PLAN"),
-                         (options.refit, "REFIT")):
+    for wanted, name in ((options.version_compatible, "VERSION_COMPATIBLE"), (options.strip_weights, "STRIP_PLAN")):
         if wanted:
             config.set_flag(getattr(trt.BuilderFlag, name))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -170,12 +169,11 @@ def _configure(library: Library, config: Any, options: BuildOptions) -> Any:
             config.num_compute_capabilities = len(options.gpus)
             config.set_compute_capability(_capabilities(trt)[gpu], index)
         return None
-    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel,
-                                                  options.hardware.upper().replace("-", "_"))
-    stored = options.timing_cache.read_bytes() if options.timing_cache and options.timing_cache.exists() else b""
-    cache = config.create_timing_cache(stored)
-    config.set_timing_cache(cache, False)
-    return cache
+    level = getattr(trt.HardwareCompatibilityLevel, options.hardware.upper().replace("-", "_"), None)
+    if level is None:
+        raise InputError(f"--hardware {options.hardware}: {library.name} {library.version} does not have it")
+    config.hardware_compatibility_level = level
+    return attach_timing_cache(config, options.timing_cache)
 
 
 def _capabilities(trt: Any) -> dict[str, Any]:
@@ -201,8 +199,8 @@ def require_known(library: Library, options: BuildOptions, has_gpu: bool) -> Non
     if options.version_compatible or options.hardware != HARDWARE[0] or options.tiling is not None:
         raise InputError("--version-compatible, --hardware, --tiling: tensorrt_rtx engines have none of them; --gpu "
                          "names their GPUs")
-    if (options.strip_weights or options.refit) and not has_gpu:
-        raise DeviceUnavailable("--strip-weights, --refit: need a GPU while the engine is built, and here is none")
+    if options.strip_weights and not has_gpu:
+        raise DeviceUnavailable("--strip-weights: needs a GPU while the engine is built, and here is none")
     known = _capabilities(library.module)
     for index, gpu in enumerate(options.gpus):
         if gpu not in known or gpu in options.gpus[:index]:
@@ -246,25 +244,6 @@ def _dtype(trt: Any, dtype: Any) -> str:
 def _layers(network: Any) -> tuple[Layer, ...]:
     kinds = Counter(network.get_layer(index).type.name.lower() for index in range(network.num_layers))
     return tuple(Layer(kind, count) for kind, count in kinds.most_common())
-
-
-def _monitor(trt: Any, watch: Watch) -> Any:
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            del parent_phase, num_steps
-            watch.on_phase(phase_name)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            del phase_name, step
-            return not watch.stopped
-
-        def phase_finish(self, phase_name: str) -> None:
-            del phase_name
-
-    return Monitor()
 
 
 def options_as_sides(options: BuildOptions) -> Mapping[str, int]:

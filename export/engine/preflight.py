@@ -40,12 +40,12 @@ def preflight(proto: onnx.ModelProto, sides: Mapping[str, int], file: str) -> Pr
     """
     shapes, kinds = _shapes(proto, sides)
     batch = sides.get("batch", 1)
-    made_by = {name: node.op_type for node in proto.graph.node for name in node.output if name in shapes}
-    widest = max(made_by, key=lambda name: math.prod(shapes[name]), default=None)
+    origins = _origins(proto)
+    widest = max((name for name in origins if name in shapes), key=lambda name: math.prod(shapes[name]), default=None)
     largest, too_large = batch, None
     if widest is not None and math.prod(shapes[widest]) > LARGEST_TENSOR:
         largest = LARGEST_TENSOR // max(1, math.prod(shapes[widest]) // batch)
-        too_large = (f"{file}: {widest} (made by {made_by[widest]}) would be {'x'.join(map(str, shapes[widest]))}, "
+        too_large = (f"{file}: {widest} ({origins[widest]}) would be {'x'.join(map(str, shapes[widest]))}, "
                      f"{math.prod(shapes[widest]):,} elements; TensorRT holds {LARGEST_TENSOR:,}")
     sizes = {name: math.prod(shape) * _item_bytes(kinds[name]) for name, shape in shapes.items()}
     peak, where = _peak(proto, sizes)
@@ -85,6 +85,12 @@ def _shapes(proto: onnx.ModelProto, sides: Mapping[str, int]) -> tuple[dict[str,
             shapes[value.name] = [axis.dim_value for axis in axes]
             kinds[value.name] = value.type.tensor_type.elem_type
     return shapes, kinds
+
+
+def _origins(proto: onnx.ModelProto) -> dict[str, str]:
+    """Where each value that is no weight comes from, in words."""
+    inputs = {value.name: "an input" for value in proto.graph.input}
+    return inputs | {name: f"made by {node.op_type}" for node in proto.graph.node for name in node.output}
 
 
 def _item_bytes(kind: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..engine_library import Library, Log
 from ..engines import EngineRecord, Gpu, build_command, read_engine
-from ..errors import DcformerWarning, EngineRefused, InputError
+from ..errors import DcformerError, DcformerWarning, EngineRefused
 from ..files import atomic_file, cache_folder
 
 
@@ -85,6 +85,6 @@ class Compiled:
         try:
             with atomic_file(self._path) as temporary:
                 temporary.write_bytes(now)
-        except (OSError, InputError) as error:
+        except (OSError, DcformerError) as error:
             warnings.warn(f"{self._path}: {error}; tensorrt_rtx compiles anew each time. XDG_CACHE_HOME names another "
                           "folder", DcformerWarning, stacklevel=4)

@@ -33,7 +33,7 @@ _MEASURED = ("Each in a process of its own, by turns, after a warm-up; ratios ar
               help="The checkpoint of BUNDLE: PyTorch then runs its weights, and embeddings are compared.")
 @click.option("--against", metavar="NAME,NAME,…",
               help="Beside BUNDLE: torch (the default), onnx-naive, openvino-naive, openvino, openvino-bf16, "
-                   "onnxruntime-int8, openvino-int8.")
+                   "onnxruntime-int8, openvino-int8. With --device cuda: instead of all that could run there.")
 @click.option("--scan", type=SCAN, metavar="SCAN",
               help="Measure from this scan to scores instead of from a preprocessed volume to the embedding.")
 @click.option("--load-only", is_flag=True,
@@ -74,10 +74,9 @@ def command(bundle: Path | None, runs: int, threads: int | None, checkpoint: Pat
         require_page_name(page)
         require_writable_file(page)
     if device == "cuda":
-        if bundle is None or against is not None or load_only:
-            raise InputError("--device cuda measures a BUNDLE, beside everything that runs there; drop --encoders, "
-                             "--against and --load-only")
-        bench_gpu(bundle, checkpoint, read_batches(batches or "1,4,8"), scan, runs, thread_count,
+        if bundle is None or load_only:
+            raise InputError("--device cuda measures a BUNDLE, from inputs on the GPU; drop --encoders and --load-only")
+        bench_gpu(bundle, checkpoint, against, read_batches(batches or "1,4,8"), scan, runs, thread_count,
                   20.0 if seconds is None else seconds, out, as_json)
         return
     for option, value in (("--batches", batches), ("--seconds", seconds)):

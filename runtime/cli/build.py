@@ -9,14 +9,14 @@ import click
 
 from ..bundle import open_bundle, require_writable_bundle
 from ..engine_library import load_library
+from ..engines import EngineRecord
 from ..errors import InputError
-from ..files import cache_folder
 from ..gpu import gpu_or_none
 from ..manifest import PRECISIONS
 from .options import bundle_argument, json_option, parse_names
 from .output import print_json, print_table, progress
 
-_ENGINE_COLUMNS = ("engine", "MB", "runs on", "library", "largest batch", "build s")
+_ENGINE_COLUMNS = ("engine", "MB", "memory MB", "runs on", "version", "largest batch", "build s")
 
 
 @click.command("build")
@@ -40,20 +40,23 @@ _ENGINE_COLUMNS = ("engine", "MB", "runs on", "library", "largest batch", "build
 @click.option("--tiling", metavar="LEVEL", help="tensorrt: none, fast, moderate or full.")
 @click.option("--tf32", is_flag=True, help="Let float32 be computed with 10 bits of mantissa.")
 @click.option("--strip-weights", is_flag=True, help="Leave weights out of the engine; needs a GPU.")
-@click.option("--refit", is_flag=True, help="Engines whose weights can be exchanged; needs a GPU.")
 @json_option
 def command(bundle: Path, precisions: str, engine_library: str, max_batch: int, usual_batch: int, gpus: str | None,
             hardware: str, version_compatible: bool, workspace_mb: int | None, optimization_level: int | None,
-            aux_streams: int | None, tiling: str | None, tf32: bool, strip_weights: bool, refit: bool,
-            as_json: bool) -> None:
+            aux_streams: int | None, tiling: str | None, tf32: bool, strip_weights: bool, as_json: bool
+            ) -> None:
     """Build TensorRT engines of BUNDLE's towers, into the bundle.
 
     Precision is what the graphs say: engines are strongly typed. Beside each engine lies a record of what it was built
     from, by and for; the runtime loads no engine that does not fit. Ctrl-C stops a build and leaves the bundle as it
     was.
+
+    "memory MB" is of one request of the largest batch: its activations, if the library fused nothing, and the weights.
+    Each further request at the same time needs activations of its own.
     """
-    from ...export.engine.add_engines import add_engines
+    from ...export.engine.add_engines import add_engines, tower_roles
     from ...export.engine.build import HARDWARE, TILING, BuildOptions
+    from ...export.engine.timing_cache import timing_cache_file
 
     names = parse_names("--precision", precisions, PRECISIONS)
     for option, value, known in (("--hardware", hardware, HARDWARE), ("--tiling", tiling, TILING)):
@@ -63,19 +66,24 @@ def command(bundle: Path, precisions: str, engine_library: str, max_batch: int, 
         raise InputError(f"--batch {usual_batch}: more than --max-batch {max_batch}")
     opened = open_bundle(bundle)
     require_writable_bundle(opened)
-    library = load_library(engine_library)
+    library, gpu = load_library(engine_library), gpu_or_none()
     options = BuildOptions(
         batch=(1, usual_batch, max_batch), workspace_bytes=workspace_mb and workspace_mb << 20,
         optimization_level=optimization_level, auxiliary_streams=aux_streams, tiling=tiling, tf32=tf32,
-        version_compatible=version_compatible, strip_weights=strip_weights, refit=refit, hardware=hardware,
+        version_compatible=version_compatible, strip_weights=strip_weights, hardware=hardware,
         gpus=tuple(part.strip() for part in gpus.split(",")) if gpus else (),
-        timing_cache=cache_folder() / f"{library.name}-{library.version}.timings")
-    with progress() as display:
-        records = add_engines(opened, library, names, options, gpu_or_none(), display)
+        timing_cache=timing_cache_file(library, gpu))
+    with progress(len(names) * len(tower_roles(opened))) as display:
+        records = add_engines(opened, library, names, options, gpu, display)
     if as_json:
         print_json([dataclasses.asdict(record) for record in records])
         return
-    rows = [(record.engine, f"{record.bytes / 1e6:.1f}", ", ".join(record.compute_capability),
-             f"{record.library} {record.version}", next(iter(record.profiles[0].values())).largest[0],
+    rows = [(record.engine, f"{record.bytes / 1e6:.1f}", f"{_memory_bytes(bundle, record) / 1e6:.1f}",
+             ", ".join(record.compute_capability), record.version, next(iter(record.profiles[0].values())).largest[0],
              f"{record.build_seconds:.1f}") for record in records]
     print_table(f"Engines in {bundle}", _ENGINE_COLUMNS, rows)
+
+
+def _memory_bytes(bundle: Path, record: EngineRecord) -> int:
+    """Activations of one request and the weights, which lie in the ONNX file itself where there is no file of them."""
+    return record.activation_bytes + (bundle / (record.weights or record.onnx)).stat().st_size

@@ -9,9 +9,19 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -55,10 +65,14 @@ def announce(model: Model) -> None:
 
 
 class Stages(Protocol):
-    """Reports progress: ``stage(text)`` names what begins, ``advance()`` counts one item done."""
+    """Reports progress: ``stage`` names what begins, ``steps`` how far it is, ``advance`` counts one item done."""
 
     def stage(self, text: str) -> None:
         """Say what begins."""
+        ...
+
+    def steps(self, text: str, done: int, total: int) -> None:
+        """Say how far the stage is, on a line of its own until the next stage begins."""
         ...
 
     def advance(self) -> None:
@@ -70,9 +84,18 @@ class _TerminalStages:
     def __init__(self, progress: Progress, total: int | None) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=total)
+        self._steps: TaskID | None = None
 
     def stage(self, text: str) -> None:
+        if self._steps is not None:
+            self._progress.remove_task(self._steps)
+            self._steps = None
         self._progress.update(self._task, description=escape(text))
+
+    def steps(self, text: str, done: int, total: int) -> None:
+        if self._steps is None:
+            self._steps = self._progress.add_task("")
+        self._progress.update(self._steps, description=escape(text), completed=done, total=total)
 
     def advance(self) -> None:
         self._progress.advance(self._task)
@@ -82,8 +105,23 @@ class _SilentStages:
     def stage(self, text: str) -> None:
         """Nothing: no terminal is watching."""
 
+    def steps(self, text: str, done: int, total: int) -> None:
+        """Nothing: no terminal is watching."""
+
     def advance(self) -> None:
         """Nothing: no terminal is watching."""
+
+
+class _IfCounted(ProgressColumn):
+    """A column that stays empty for what nobody knows the end of."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> RenderableType:
+        """The other column, or nothing."""
+        return Text() if task.total is None else self._column.render(task)
 
 
 @contextmanager
@@ -92,9 +130,8 @@ def progress(total: int | None = None) -> Iterator[Stages]:
     if not sys.stderr.isatty():
         yield _SilentStages()
         return
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-    if total is not None:
-        columns[2:2] = [BarColumn(), MofNCompleteColumn()]
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), _IfCounted(BarColumn()),
+               _IfCounted(MofNCompleteColumn()), TimeElapsedColumn()]
     # The stream as it is now: PyTorch's exporter is silenced by putting another in its place.
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as display:
         yield _TerminalStages(display, total)

@@ -1,6 +1,8 @@
 """Benchmarks on a GPU: a faked driver, real engines' records; what is measured is arithmetic that can be checked."""
 
 import json
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import pytest
 from fake_gpu import FakeTensorRt, install
 
 from dcformer_deploy.benchmarks import measure
-from dcformer_deploy.benchmarks.gpu import Floors, contenders, floors, race
+from dcformer_deploy.benchmarks.gpu import Floors, contenders, floors, nvml, race
 from dcformer_deploy.benchmarks.gpu.clock import Clock
 from dcformer_deploy.benchmarks.gpu.contenders import Work, _Torch, names_of
 from dcformer_deploy.runtime import load
@@ -24,6 +26,7 @@ pytest.importorskip("tensorrt_rtx")
 def library(built: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
     fake = install(built, monkeypatch)
     monkeypatch.setattr(floors, "_COPIED", 1 << 20)
+    monkeypatch.setattr(floors, "_WARM_UP_S", 0.01)
     monkeypatch.setattr(race, "_LEAST_TURNS", 4)
     monkeypatch.setattr(race, "_SUSTAINED_MS", 0)
     return fake
@@ -127,7 +130,7 @@ def test_floors(built: Path):
 def test_command(built: Path, library: FakeTensorRt, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     """Whole processes are not started: they would not have the faked driver."""
     asked = []
-    monkeypatch.setattr(measure, "measure", lambda entrants, *_: asked.extend(entrants))
+    monkeypatch.setattr(measure, "measure", lambda entrants, *_, keep_going: asked.extend(entrants))
     scan = tmp_path / "a.nii.gz"
     scan.write_bytes(b"")
     assert main(["bench", str(built), "--device", "cuda", "--batches", "1", "--seconds", "0", "--out", str(tmp_path),
@@ -148,7 +151,9 @@ def test_command(built: Path, library: FakeTensorRt, tmp_path: Path, capsys, mon
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--batches", "0"], "--batches '0': expected whole numbers from 1 to 64"),
-    (["--batches", "1,1"], "each once"), (["--against", "torch"], "--device cuda measures a BUNDLE")])
+    (["--batches", "1,1"], "each once"), (["--load-only"], "--device cuda measures a BUNDLE"),
+    (["--against", "torch"], "--against 'torch': with --device cuda expected some of torch-fp32, torch-fp16, "),
+    (["--against", "torch-fp16,torch-fp16"], "each once (engines: those that the bundle has)")])
 def test_refusals(built: Path, capsys, options: list[str], message: str):
     assert main(["bench", str(built), "--device", "cuda", *options]) == 2
     assert message in capsys.readouterr().err
@@ -159,6 +164,47 @@ def test_refusals(built: Path, capsys, options: list[str], message: str):
 def test_without_a_gpu(built: Path, capsys):
     assert main(["bench", str(built), "--device", "cuda"]) == 3
     assert "error: " in capsys.readouterr().err
+
+
+def test_memory_at_most_by_nvml(monkeypatch: pytest.MonkeyPatch):
+    """Also what comes and goes between the beginning and the end."""
+    used = [5 << 20]
+    ended = []
+    library = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda index: index, nvmlShutdown=lambda: ended.append(True),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=used[0]))
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    looked = threading.Event()
+    with nvml.PeakMemory() as peak:
+        used[0] = 12 << 20
+        looked.wait(0.1)
+        used[0] = 6 << 20
+    assert (peak.grown_bytes, ended) == (7 << 20, [True])
+    with pytest.raises(ZeroDivisionError), nvml.PeakMemory():
+        1 / 0  # noqa: B018 - whatever happens inside
+    assert ended == [True, True]
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
+    with nvml.PeakMemory() as peak:
+        pass
+    assert peak.grown_bytes is None
+
+
+def test_what_takes_long_to_compile_is_compiled_once(built: Path, library: FakeTensorRt,
+                                                     monkeypatch: pytest.MonkeyPatch):
+    """The report is there after each batch, and a contender that was tuned for minutes is left out of later ones."""
+    monkeypatch.setattr(race, "COMPILED", ("tensorrt-fp16",))
+    monkeypatch.setattr(race, "_LONGEST_LOAD_MS", 0)
+    names, known = ["tensorrt-fp16", "tensorrt_rtx-fp16"], []
+    report = race.race(open_bundle(built), None, names, [1, 2], 2, 0, on_batch=known.append)
+    assert [len(one.rows) for one in known] == [2, 4]
+    assert known[1] == report
+    assert {(row.name, row.batch): row.problem is None for row in report.rows} == {
+        ("tensorrt-fp16", 1): True, ("tensorrt_rtx-fp16", 1): True, ("tensorrt-fp16", 2): False,
+        ("tensorrt_rtx-fp16", 2): True}
+    assert "s to compile for a batch of 1; --against tensorrt-fp16 measures it alone" in "".join(
+        row.problem or "" for row in report.rows)
+    report = race.race(open_bundle(built), None, names[:1], [1, 2], 2, 0)
+    assert all(row.problem is None for row in report.rows)
 
 
 def test_a_lost_device_is_told_and_what_was_finished_kept(built: Path, library: FakeTensorRt):

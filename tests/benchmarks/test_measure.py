@@ -1,5 +1,6 @@
 """The benchmark's bookkeeping; how fast anything is, is no test's business."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -61,6 +62,16 @@ def test_contender_that_dies_between_turns_is_reported(pristine_bundle: Path):
 def test_failing_contender_is_reported(tmp_path: Path):
     with pytest.raises(DcformerError, match="benchmark of onnxruntime: InputError: .* no such bundle"):
         measure([_alone(tmp_path / "none")], "dcformer-nano", SHAPE, 3)
+
+
+def test_those_that_fail_are_left_out(pristine_bundle: Path, tmp_path: Path):
+    good, bad = _alone(pristine_bundle), dataclasses.replace(_alone(tmp_path / "none"), name="bad")
+    report = measure([bad, good], "dcformer-nano", SHAPE, 3, keep_going=True)
+    assert [(c.name, c.runs, c.ratio) for c in report.contenders] == [("onnxruntime", 3, 1)]
+    ((name, why),) = report.left_out
+    assert name == "bad"
+    assert "no such bundle" in why
+    assert measure([bad], "dcformer-nano", SHAPE, 3, keep_going=True).contenders == ()
 
 
 def test_command(pristine_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -53,6 +53,16 @@ def _bundle(source: Path, out: Path, **changes: object) -> Bundle:
 def test_a_record_survives_its_file(pristine_bundle: Path, tmp_path: Path):
     bundle = _bundle(pristine_bundle, tmp_path / "b")
     assert engine_records(bundle) == [_record(tmp_path / "b")]
+    fused = {"engine_layers": (Layer("gemm", 3), Layer("kgen", 1))}
+    assert engine_records(_bundle(pristine_bundle, tmp_path / "c", **fused)) == [_record(tmp_path / "c", **fused)]
+
+
+def test_records_from_before_engine_layers_are_read(pristine_bundle: Path, tmp_path: Path):
+    bundle = _bundle(pristine_bundle, tmp_path / "b")
+    content = json.loads((bundle.folder / f"{NAME}.json").read_text())
+    del content["engine_layers"]
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    assert read_record(tmp_path / "r.json") == _record(bundle.folder)
 
 
 @pytest.mark.parametrize(("targets", "gpu", "expected"), [
@@ -77,7 +87,11 @@ def test_what_fits_is_loaded(pristine_bundle: Path, tmp_path: Path):
     ({}, "10.14.1", H100, "built by tensorrt 10.13.2.6, here is 10.14.1; run: dcformer build .*--precision fp32 "
      "--engine-library tensorrt, or install tensorrt 10.13.2.6"),
     ({"version_compatible": True}, "10.12.0", H100, "built by tensorrt 10.13.2.6, here is 10.12.0"),
-    ({"version_compatible": True}, "11.0.0", H100, "built by tensorrt 10.13.2.6, here is 11.0.0"),
+    ({}, "11.0.0", H100, "built by tensorrt 10.13.2.6, here is 11.0.0"),
+    ({"version_compatible": True}, "12.0.0", H100, "built by tensorrt 10.13.2.6, here is 12.0.0"),
+    ({"version_compatible": True, "version": "11.0.0"}, "10.13.2", H100, "built by tensorrt 11.0.0, here is 10.13.2"),
+    ({"version_compatible": True, "version": "11.4.1"}, "12.0.0", H100, "built by tensorrt 11.4.1, here is 12.0.0"),
+    ({"version_compatible": True, "version": "8.6.1"}, "11.0.0", H100, "built by tensorrt 8.6.1, here is 11.0.0"),
     ({}, "10.13.2.6", L4, "built for compute capability 9.0, this NVIDIA L4 has 8.9; run on this machine: dcformer "),
 ])
 def test_what_does_not_fit_is_refused(pristine_bundle: Path, tmp_path: Path, changes: dict[str, object], version: str,
@@ -89,7 +103,10 @@ def test_what_does_not_fit_is_refused(pristine_bundle: Path, tmp_path: Path, cha
 
 def test_version_compatible_engines_load_later(pristine_bundle: Path, tmp_path: Path):
     bundle = _bundle(pristine_bundle, tmp_path / "b", version_compatible=True)
-    require_fitting(bundle, engine_records(bundle)[0], "10.14.0", H100)
+    record = engine_records(bundle)[0]
+    for version in ("10.14.0", "11.0.0", "11.4.1"):
+        require_fitting(bundle, record, version, H100)
+    require_fitting(bundle, dataclasses.replace(record, version="11.0.0"), "11.1.0", H100)
 
 
 def test_other_bytes(pristine_bundle: Path, tmp_path: Path):

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
-from dcformer_deploy.export.engine.build import BuildOptions, Watch, build_engine
+from dcformer_deploy.export.engine.build import BuildOptions, build_engine, parser_refusal
+from dcformer_deploy.export.engine.watch import Watch
 from dcformer_deploy.runtime import engine_library
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
@@ -132,15 +133,29 @@ def test_the_parser_names_node_and_operator(tmp_path: Path):
         build_engine(load_library("auto"), tmp_path / "g.onnx", BuildOptions())
 
 
+def test_refused_nodes_that_are_alike_are_counted(tmp_path: Path):
+    """All kinds are told, and no kind hundreds of times."""
+    graph, x = GraphBuilder(), "x"
+    for _ in range(40):
+        x = graph.node("Add", x, graph.node("Det", x))
+    x = graph.node("Add", x, graph.node("ReduceMean", graph.node("Bernoulli", x)))
+    onnx.save(graph.finish(x, {"x": ["batch", 3, 3]}), tmp_path / "g.onnx")
+    refusal = parser_refusal(load_library("auto"), tmp_path / "g.onnx")
+    assert "node 0 '' (Det)" in refusal
+    assert refusal.count("(Det)") == 1
+    assert "(and 39 more nodes)" in refusal
+    assert "(Bernoulli)" in refusal
+
+
 def test_the_builders_own_words(built: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     """What needs a GPU fails here, and leaves nothing behind."""
     before = sorted(path.name for path in built.iterdir())
     digest = sha256_file(built / "manifest.json")
     with monkeypatch.context() as patch:
         patch.setattr("dcformer_deploy.export.engine.add_engines.require_known", lambda *_: None)
-        refuse(capsys, 2, "could not build it: ", "build", built, "--precision", "fp16", "--refit")
+        refuse(capsys, 2, "could not build it: ", "build", built, "--precision", "fp16", "--strip-weights")
     if gpu_or_none() is None:
-        refuse(capsys, 3, "--strip-weights, --refit: need a GPU while", "build", built, "--refit")
+        refuse(capsys, 3, "--strip-weights: needs a GPU while", "build", built, "--strip-weights")
     assert sorted(path.name for path in built.iterdir()) == before
     assert sha256_file(built / "manifest.json") == digest
     assert not [path for path in built.parent.iterdir() if path != built]
@@ -149,7 +164,7 @@ def test_the_builders_own_words(built: Path, capsys, monkeypatch: pytest.MonkeyP
 def test_stopping_a_build(built: Path):
     """As Ctrl-C does: the library stops at its next step."""
     seen = []
-    watch = Watch(lambda phase: (seen.append(phase), setattr(watch, "stopped", True)))
+    watch = Watch(lambda phases: (seen.append(phases[-1].name), setattr(watch, "stopped", True)))
     with pytest.raises(KeyboardInterrupt):
         build_engine(load_library("tensorrt_rtx"), built / "image.fp16.onnx", BuildOptions(), watch)
     assert "Building engine" in seen

@@ -27,6 +27,17 @@ def test_tensors_beyond_31_bits():
         require_fitting_batch([preflight(proto, {"batch": 1}, "g.onnx")])
 
 
+def test_inputs_beyond_31_bits():
+    """Also if what is made of them is small."""
+    graph = GraphBuilder()
+    pooled = graph.node("MaxPool", "x", kernel_shape=[2, 2, 2], strides=[2, 2, 2])
+    proto = graph.finish(pooled, {"x": ["batch", 1, 512, 512, 512]})
+    assert preflight(proto, {"batch": 15}, "g.onnx").too_large is None
+    with pytest.raises(InputError, match=r"g.onnx: x \(an input\) would be 16x1x512x512x512, 2,147,483,648 elements; "
+                       "TensorRT holds 2,147,483,647; the largest batch that fits is 15: pass --max-batch 15"):
+        require_fitting_batch([preflight(proto, {"batch": 16}, "g.onnx")])
+
+
 def test_the_advice_holds_for_all_graphs(calibrated):
     """What it says fits does fit, and one more does not."""
     graphs = {name: onnx.load(calibrated / name, load_external_data=False) for name in (
