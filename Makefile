@@ -6,9 +6,10 @@ READY := $(VENV)/.ready
 MODEL := benchmarks/phantom/model
 SEED ?= 8
 PAINTED := demo/phantom/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
-CLINICAL := demo/clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
+SCAN_OF_CLINICAL := clinical/data_volumes/dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz
+CLINICAL := demo/$(SCAN_OF_CLINICAL)
 
-.PHONY: ready demo bench train evaluate retention throughput indexes fuzz occlusion gpu-check test test-all lint clean
+.PHONY: ready demo bench train evaluate retention throughput indexes fuzz occlusion gpu-check gpu-prepare gpu-run test test-all lint clean
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -98,25 +99,38 @@ retention: $(READY)
 	  --precision int8,bf16
 	$(BIN)/dcformer sensitivity demo/bundle --data demo/held-out --samples 16 --target-cosine 0.998 --out demo/sensitivity
 
-# On a machine with a GPU: engines of the demo model and all of them against fp32 and, at the published size, beside
-# PyTorch, ONNX Runtime and the GPU's own limits. Exit code 1 if one is wrong, 3 if engines do not run on this GPU; what
-# does is measured all the same. GPU_RESULTS: where to write. GPU_BUILD: options of `dcformer build`, such as
-# --engine-library tensorrt, where that is installed. ONNX Runtime's CUDA is measured where onnxruntime-gpu is installed
-# instead of onnxruntime.
+# On a machine with a GPU: the tests that need one, engines of the demo model and all of them against fp32 and, at the
+# published size, beside PyTorch, ONNX Runtime and the GPU's own limits. Exit code 1 if one is wrong, 3 if engines do not
+# run on this GPU; what does is measured all the same. GPU_RESULTS: where to write. GPU_BUILD: options of `dcformer build`,
+# such as --engine-library tensorrt, where that is installed. ONNX Runtime's CUDA is measured where onnxruntime-gpu is
+# installed instead of onnxruntime.
 GPU_RESULTS ?= benchmarks/results
 GPU_BUILD ?=
+DCFORMER ?= $(BIN)/dcformer
+GPU_PYTHON ?= $(BIN)/python
 gpu-check: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'cuda-python[all]'
-	$(BIN)/dcformer phantom --n 4 --seed 500 --out demo/gpu/scans --force
-	$(BIN)/dcformer export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/gpu/bundle --force
-	$(BIN)/dcformer calibrate demo/gpu/bundle --data demo/gpu/scans --samples 4 --precision fp16,bf16,int8
-	$(BIN)/dcformer phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/clinical --force
-	$(BIN)/dcformer export --encoder dcformer-nano --random-weights 0 --out demo/gpu/nano --force
-	$(BIN)/dcformer calibrate demo/gpu/nano --data demo/clinical --samples 1 --precision fp16,bf16,int8
-	failed=0; for precision in fp32 fp16 bf16 int8; do for bundle in bundle nano; do \
-	  $(BIN)/dcformer build demo/gpu/$$bundle --precision $$precision $(GPU_BUILD) || failed=1; done; done; \
-	$(BIN)/dcformer check demo/gpu/bundle --data demo/gpu/scans --samples 4 --require-engines || failed=$$?; \
-	$(BIN)/dcformer bench demo/gpu/nano --device cuda --scan $(CLINICAL) --batches 1,4,8 --seconds 8 --runs 3 \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'cuda-python[all]' nvidia-ml-py
+	$(MAKE) gpu-prepare
+	$(MAKE) gpu-run
+
+# What gpu-run measures; needs no GPU.
+gpu-prepare:
+	$(DCFORMER) phantom --n 4 --seed 500 --out demo/gpu/scans --force
+	$(DCFORMER) export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/gpu/bundle --force
+	$(DCFORMER) calibrate demo/gpu/bundle --data demo/gpu/scans --samples 4 --precision fp16,bf16,int8
+	$(DCFORMER) phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/gpu/clinical --force
+	$(DCFORMER) export --encoder dcformer-nano --random-weights 0 --out demo/gpu/nano --force
+	$(DCFORMER) calibrate demo/gpu/nano --data demo/gpu/clinical --samples 1 --precision fp16,bf16,int8
+
+# The GPU's own part. Needs no package index: with GPU_PYTHON and DCFORMER it takes any environment.
+gpu-run:
+	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch %s has no CUDA here, and would be \
+	missing beside the engines: pip install torch --index-url https://download.pytorch.org/whl/cu130" % torch.__version__)'
+	failed=0; $(GPU_PYTHON) -m pytest -m gpu tests || failed=1; \
+	for precision in fp32 fp16 bf16 int8; do for bundle in bundle nano; do \
+	  $(DCFORMER) build demo/gpu/$$bundle --precision $$precision $(GPU_BUILD) || failed=1; done; done; \
+	$(DCFORMER) check demo/gpu/bundle --data demo/gpu/scans --samples 4 --require-engines || failed=$$?; \
+	$(DCFORMER) bench demo/gpu/nano --device cuda --scan demo/gpu/$(SCAN_OF_CLINICAL) --batches 1,4,8 --seconds 8 --runs 3 \
 	  --out $(GPU_RESULTS) && exit $$failed
 
 # Two processes: most of a test is Python, on one core.

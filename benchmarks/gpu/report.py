@@ -32,7 +32,8 @@ def cells(row: Row) -> list[str]:
 
     return [row.name, str(row.batch), number(row.median_ms, 2), number(row.p95_ms, 2), number(row.p99_ms, 2),
             number(row.ratio, 2), number(row.scans_per_s, 1), number(row.to_floor, 1), number(row.own_mb, 0),
-            number(row.device_mb, 0), number(row.peak_mb, 0), number(row.build_s, 1), number(row.load_ms, 0), number(row.cosine, 5)]
+            number(row.device_mb, 0), number(row.peak_mb, 0), number(row.build_s, 1), number(row.load_ms, 0),
+            number(row.cosine, 5)]
 
 
 def title(report: GpuReport) -> str:
@@ -44,7 +45,8 @@ def title(report: GpuReport) -> str:
 def problems(report: GpuReport, processes: Report | None) -> list[str]:
     """What could not run, and why."""
     found = [f"{row.name}, batch {row.batch}: {row.problem}" for row in report.rows if row.problem is not None]
-    return found + [f"{name}, in a process of its own: {why}" for name, why in (processes.left_out if processes else ())]
+    apart = processes.left_out if processes is not None else ()
+    return found + [f"{name}, in a process of its own: {why}" for name, why in apart]
 
 
 def markdown(report: GpuReport, processes: Report | None) -> str:
