@@ -100,10 +100,10 @@ retention: $(READY)
 	$(BIN)/dcformer sensitivity demo/bundle --data demo/held-out --samples 16 --target-cosine 0.998 --out demo/sensitivity
 
 # On a machine with a GPU: the tests that need one, engines of the demo model and all of them against fp32 and, at the
-# published size, beside PyTorch, ONNX Runtime and the GPU's own limits. Exit code 1 if one is wrong, 3 if engines do not
-# run on this GPU; what does is measured all the same. GPU_RESULTS: where to write. GPU_BUILD: options of `dcformer build`,
-# such as --engine-library tensorrt, where that is installed. ONNX Runtime's CUDA is measured where onnxruntime-gpu is
-# installed instead of onnxruntime.
+# published size, beside PyTorch, ONNX Runtime and the GPU's own limits. Fails if one is wrong, or if engines do not run on
+# this GPU (make says Error 1 or 3); what does run is measured all the same. GPU_RESULTS: where to write. GPU_BUILD:
+# options of `dcformer build`, such as --engine-library tensorrt, where that is installed. ONNX Runtime's CUDA is measured
+# where onnxruntime-gpu is installed instead of onnxruntime.
 GPU_RESULTS ?= benchmarks/results
 GPU_BUILD ?=
 DCFORMER ?= $(BIN)/dcformer
@@ -126,16 +126,17 @@ gpu-prepare:
 gpu-run:
 	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch %s has no CUDA here, and would be \
 	missing beside the engines: pip install torch --index-url https://download.pytorch.org/whl/cu130" % torch.__version__)'
-	failed=0; $(GPU_PYTHON) -m pytest -m gpu tests || failed=1; \
+	failed=0; $(GPU_PYTHON) -m pytest -m gpu tests/runtime/test_on_gpu.py || failed=1; \
 	for precision in fp32 fp16 bf16 int8; do for bundle in bundle nano; do \
 	  $(DCFORMER) build demo/gpu/$$bundle --precision $$precision $(GPU_BUILD) || failed=1; done; done; \
 	$(DCFORMER) check demo/gpu/bundle --data demo/gpu/scans --samples 4 --require-engines || failed=$$?; \
 	$(DCFORMER) bench demo/gpu/nano --device cuda --scan demo/gpu/$(SCAN_OF_CLINICAL) --batches 1,4,8 --seconds 8 --runs 3 \
 	  --out $(GPU_RESULTS) && exit $$failed
 
-# Two processes: most of a test is Python, on one core.
+# Two processes: most of a test is Python, on one core. In the files' own order: by the number of tests, as xdist would have
+# it, a file of two that take minutes comes last, and one process waits for it.
 test: $(READY) $(VENV)/triton-server/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) $(VENV)/triton-server/ready
 	$(BIN)/python -m pytest -m ""

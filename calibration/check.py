@@ -19,7 +19,7 @@ from ..runtime.backends.device import Device
 from ..runtime.backends.sampler import Sampler
 from ..runtime.bundle import Bundle
 from ..runtime.engines import GPU_TARGET, EngineRecord, engine_records
-from ..runtime.errors import DcformerError, EngineRefused, InputError, one_line
+from ..runtime.errors import DcformerError, EngineRefused, InputError
 from ..runtime.gpu import current_gpu
 from ..runtime.manifest import ANY_TARGET, Graph, Preprocessing
 from ..runtime.volume import ReadOptions, image_feeds, read_scan, scan_feeds
@@ -251,8 +251,6 @@ def _check_engine(bundle: Bundle, record: EngineRecord, reference: _Reference, o
             together = reference.run(backend, reference.feeds(graph, batch)) if batch > 1 else alone
     except DcformerError as error:
         return dataclasses.replace(row, not_run=str(error))
-    except Exception as error:  # bindings raise classes of their own; the others are still to be checked
-        return dataclasses.replace(row, not_run=one_line(f"{type(error).__name__}: {error}"))
     row = dataclasses.replace(row, back_end=backend.describe())
     return _worst(reference.compare(row, alone, least), reference.compare(row, together, least),
                   f"in a batch of {batch}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from .engines import LIBRARIES
-from .errors import InputError, MissingDependency, one_line
+from .errors import DcformerError, InferenceError, InputError, MissingDependency, one_line
 
 AUTO = "auto"
 #: NVIDIA's own packages.
@@ -51,6 +53,21 @@ def load_library(name: str) -> Library:
             raise InputError(f"tensorrt {version}: too old for strongly typed networks; {_OLDEST}.0 or newer is needed")
         return Library(candidate, module, version)
     raise MissingDependency("; ".join(reasons))
+
+
+@contextmanager
+def explained(engine: str) -> Iterator[None]:
+    """What a library's bindings raise, which have no common base, as this project's.
+
+    Raises:
+        InferenceError: the engine, and what was raised.
+    """
+    try:
+        yield
+    except DcformerError:
+        raise
+    except Exception as error:
+        raise InferenceError(f"{engine}: {type(error).__name__}: {one_line(str(error))}") from error
 
 
 class Log:

@@ -12,6 +12,7 @@ from .arguments import require_preprocessed
 from .backends import Backend, Options
 from .backends.base import EngineBackend
 from .backends.borrow import borrow
+from .backends.sampler import takes
 from .engines import LIBRARIES
 from .errors import InputError
 from .manifest import Graph, Preprocessing
@@ -53,7 +54,7 @@ class ImageInputs:
         if self._options.preprocess != "auto":
             return self._options.preprocess == "gpu"
         read = sum(math.prod(map(int, info.axes[-3:])) * np.dtype(info.dtype).itemsize for info in self._graph().inputs)
-        return volume.stored.nbytes <= read
+        return takes(volume) and volume.stored.nbytes <= read
 
     def _engine(self) -> EngineBackend:
         backend = self._backend()

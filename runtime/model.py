@@ -62,7 +62,9 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
 
 
 class Model:
-    """A loaded bundle. Graphs are opened when first used; methods may be called from several threads.
+    """A loaded bundle, whose methods may be called from several threads.
+
+    Graphs are opened when first used, but for what the back end "auto" tries on a GPU.
 
     Embeddings are float32 with unit length. ``choice``: with the back end "auto", which was chosen and why.
     """
@@ -166,9 +168,11 @@ class Model:
             InferenceError: the inference library failed.
         """
         run = self._graph("image").run
+        if len(scans) == 1:
+            return run(scans[0].feeds, ["image_embedding"])[0]
         feeds = {name: stack([scan.feeds[name] for scan in scans]) for name in scans[0].feeds}
-        if len(scans) == 1 or any(array is None for array in feeds.values()):
-            return np.stack([run(scan.feeds, ["image_embedding"])[0][0] for scan in scans])
+        if any(array is None for array in feeds.values()):
+            return np.concatenate([run(scan.feeds, ["image_embedding"])[0] for scan in scans])
         return run(feeds, ["image_embedding"])[0]
 
     def embed_image(self, scan: Scan, **read_options: Any) -> NDArray[np.float32]:

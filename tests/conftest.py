@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dicoms import write_series
 from traces import Traces
 
 import golden
@@ -131,6 +130,8 @@ def scans(ct: Path, hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def series(hounsfield: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A regular DICOM series; not to be changed."""
+    from dicoms import write_series  # here, as machines with GPUs may have no reader
+
     folder = tmp_path_factory.mktemp("dicom") / "series"
     write_series(folder, hounsfield)
     return folder

@@ -71,6 +71,7 @@ class FakeDriver:
     def cuDeviceGetName(self, size: int, device: int) -> bytes: return b"NVIDIA H100".ljust(size, b"\0")
     def cuDeviceTotalMem(self, device: int) -> int: return 80 << 30
     def cuDeviceGetAttribute(self, which: int, device: int) -> int: return self.capability[which - 75]
+    def cuDeviceGetPCIBusId(self, size: int, device: int) -> bytes: return b"0000:3b:00.0".ljust(size, b"\0")
     def cuDevicePrimaryCtxRetain(self, device: int) -> int: return 1
     def cuCtxSetCurrent(self, context: int) -> None: ...
     def cuCtxSynchronize(self) -> None: ...
@@ -245,9 +246,7 @@ class _Context:
         return tuple(batch if side < 0 else side for side in self._tensors[name].shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        ours = any(start <= address < ctypes.addressof(block) + len(block)
-                   for start, block in self._driver.blocks.items())
-        assert address % 256 == 0 or not ours
+        assert address % 256 == 0
         self._addresses[name] = address
         return True
 

@@ -11,6 +11,7 @@ import pytest
 from fake_gpu import FakeDriver, Status, install, with_engines
 
 from dcformer_deploy.runtime.backends import sampler
+from dcformer_deploy.runtime.backends.borrow import CUDA
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.engine_library import load_library
 from dcformer_deploy.runtime.errors import DcformerError
@@ -31,7 +32,7 @@ class FakedGpu:
 
     def put(self, array: np.ndarray) -> Any:
         """An array on the GPU."""
-        return _OnHost(array)
+        return OnDevice(array)
 
     def with_engines(self, bundle: Path, out: Path) -> Path:
         """A copy of a calibrated bundle with FP16 engines for batches up to three."""
@@ -87,16 +88,32 @@ def _loads(name: str) -> bool:
     return True
 
 
-class _OnHost:
-    """An array for the faked driver, whose memory is the host's."""
+class OnDevice:
+    """An array as torch, CuPy or JAX make it, for the faked driver, whose memory is the host's.
 
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
+    Args:
+        interface: beyond shape, type, address and strides.
+    """
+
+    def __init__(self, array: np.ndarray, device: int = 0, **interface: object) -> None:
+        self.shape, self._array, self._device = array.shape, array, device
         self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 3,
-                                         "data": (array.ctypes.data, False), "strides": array.strides}
+                                         "data": (array.ctypes.data, False), "strides": array.strides, **interface}
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA, self._device
 
     def __getitem__(self, index: Any) -> Any:
-        return _OnHost(self._array[index])
+        return OnDevice(self._array[index])
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that begins where a GPU's allocations do."""
+    block = np.empty(array.nbytes + 256, np.uint8)
+    start = -block.ctypes.data % 256
+    found = block[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    found[...] = array
+    return found
 
 
 def pinned(memory: Any, name: str, count: int) -> np.ndarray:

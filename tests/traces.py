@@ -23,7 +23,7 @@ class Traces:
         self._known = OrderedDict[str, onnx.ModelProto]()
 
     def __call__(self, module: nn.Module, example: tuple[torch.Tensor, ...], *rest: Any) -> onnx.ModelProto:
-        key = _key(module, [tuple(tensor.shape) for tensor in example], rest)
+        key = _key(module, [(tuple(tensor.shape), tensor.dtype) for tensor in example], rest)
         if key not in self._known:
             self.traced += 1
             self._known[key] = self.real(module, example, *rest)
@@ -36,9 +36,13 @@ class Traces:
 
 
 def _key(module: nn.Module, *rest: Any) -> str:
-    """Of all that a graph depends on: code, weights, what else modules hold, and how it is asked for."""
+    """Of what a graph depends on: the code of forwards, weights, what else modules hold, and how it is asked for.
+
+    Not of functions that a forward calls: a test that patches one needs ``traced_anew``.
+    """
     content = io.BytesIO()
     torch.save(module.eval(), content)
     forwards = [(name, getattr(part.forward, "__func__", part.forward)) for name, part in module.named_modules()]
-    code = [(name, forward.__code__.co_code, forward.__code__.co_consts) for name, forward in forwards]
+    code = [(name, forward.__code__.co_code, forward.__code__.co_consts, forward.__code__.co_names)
+            for name, forward in forwards]
     return hashlib.sha256(content.getvalue() + repr((code, rest)).encode()).hexdigest()

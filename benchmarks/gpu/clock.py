@@ -34,6 +34,10 @@ class Clock:
         self._device.call("cuEventSynchronize", self._end)
         return float(self._device.call("cuEventElapsedTime", self._start, self._end)) / count
 
+    def pci_bus_id(self) -> bytes:
+        """As ``Device.pci_bus_id``."""
+        return self._device.pci_bus_id()
+
     def free_bytes(self) -> int:
         """Memory of the device that nobody has taken."""
         return int(self._device.call("cuMemGetInfo"))

@@ -16,43 +16,46 @@ _PERIOD_S = 0.005
 class PeakMemory:
     """Watches how much of the GPU's memory is taken, by anyone, in a thread of its own.
 
-    ``grown_bytes``: at most, beyond what was taken at the beginning; None without NVML. Between two looks (5 ms) memory
-    may have come and gone.
+    ``grown_bytes``: known at the end: at most, beyond what was taken at the beginning; None without NVML. Between two
+    looks (5 ms) memory may have come and gone.
+
+    Args:
+        pci_bus_id: of the GPU, as ``Device.pci_bus_id``.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, pci_bus_id: bytes) -> None:
         self.grown_bytes: int | None = None
-        self._index, self._done = index, threading.Event()
-        self._library: Any = None
+        self._pci_bus_id, self._done, self._looked = pci_bus_id, threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="NVML", daemon=True)
 
     def __enter__(self) -> Self:
-        try:
-            self._library = importlib.import_module("pynvml")
-            self._library.nvmlInit()
-        except Exception:  # ImportError, or the library's own where there is no driver: then there is no figure
-            self._library = None
-            return self
-        self._handle = self._library.nvmlDeviceGetHandleByIndex(self._index)
-        self._before = self._used()
         self._thread.start()
+        self._looked.wait()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
                  ) -> None:
-        if self._library is None:
-            return
         self._done.set()
         self._thread.join()
-        self._look()
-        self._library.nvmlShutdown()
 
     def _watch(self) -> None:
-        while not self._done.wait(_PERIOD_S):
-            self._look()
+        try:
+            library = importlib.import_module("pynvml")
+            library.nvmlInit()
+            handle = library.nvmlDeviceGetHandleByPciBusId(self._pci_bus_id)
+            before = _used(library, handle)
+            self._looked.set()
+            largest, is_last = before, False
+            while not is_last:
+                is_last = self._done.wait(_PERIOD_S)
+                largest = max(largest, _used(library, handle))
+            library.nvmlShutdown()
+            self.grown_bytes = largest - before
+        except Exception:  # not installed, or the library's own error: then there is no figure, which the report shows
+            self.grown_bytes = None
+        finally:
+            self._looked.set()
 
-    def _look(self) -> None:
-        self.grown_bytes = max(self.grown_bytes or 0, self._used() - self._before)
 
-    def _used(self) -> int:
-        return int(self._library.nvmlDeviceGetMemoryInfo(self._handle).used)
+def _used(library: Any, handle: Any) -> int:
+    return int(library.nvmlDeviceGetMemoryInfo(handle).used)

@@ -29,7 +29,6 @@ from .nvml import PeakMemory
 
 #: Runs of one turn, so that the GPU's clock does not fall between them; turns at least and at most.
 _REPEATS, _LEAST_TURNS, _MOST_TURNS = 5, 20, 120
-_LEAST_FOR_P99 = 500
 #: What is compiled anew for each batch is left out of later ones if that took longer.
 _LONGEST_LOAD_MS = 60e3
 #: How long inferences follow upon each other for the throughput.
@@ -83,7 +82,8 @@ def _tuned_too_long(rows: Sequence[Row], names: Sequence[str]) -> dict[str, str]
     """Contenders that are compiled for each batch anew and took too long already, with the reason."""
     return {row.name: f"left out: it took {row.load_ms / 1e3:.0f} s to compile for a batch of {row.batch}; --against "
                       f"{row.name} measures it alone"
-            for row in rows if len(names) > 1 and row.name in COMPILED and (row.load_ms or 0) > _LONGEST_LOAD_MS}
+            for row in rows if len(names) > 1 and row.name in COMPILED and row.load_ms is not None
+            and row.load_ms > _LONGEST_LOAD_MS}
 
 
 def _volumes(bundle: Bundle, batch: int) -> NDArray[np.float32]:
@@ -129,7 +129,7 @@ def _race_batch(work: Work, names: Sequence[str], clock: Clock, budget_s: float,
             rows[name] = dataclasses.replace(
                 rows[name], runs=len(times[name]), median_ms=float(np.median(times[name])),
                 p95_ms=float(np.percentile(times[name], 95)),
-                p99_ms=float(np.percentile(times[name], 99)) if len(times[name]) >= _LEAST_FOR_P99 else None,
+                p99_ms=float(np.percentile(times[name], 99)),
                 scans_per_s=len(work.volumes) / sustained * 1e3,
                 ratio=float(np.median(np.array(times[first]) / np.array(times[name]))),
                 cosine=float((found[first][0] * embeddings).sum(axis=1).min()))
@@ -140,7 +140,7 @@ def _load(name: str, work: Work, clock: Clock, stack: contextlib.ExitStack) -> t
     let_go()
     free, start = clock.free_bytes(), time.perf_counter()
     row = Row(name, len(work.volumes))
-    with PeakMemory() as peak:
+    with PeakMemory(clock.pci_bus_id()) as peak:
         try:
             contender = stack.enter_context(open_contender(name, work))
         except DeviceLost:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 #: DLPack's ``DLDeviceType``: kDLCPU, kDLCUDA, kDLCUDAHost (pinned, but on the host), kDLCUDAManaged.
 CPU, CUDA, CUDA_MANAGED = 1, 2, 13
@@ -116,7 +116,10 @@ def borrow(array: Any, devices: tuple[int, ...] = (CUDA, CUDA_MANAGED), index: i
     kind, ordinal = where() if where is not None else (None, index)
     if kind in (CUDA, CUDA_MANAGED) and kind in devices and ordinal != index:
         raise InputError(f"an array on GPU {ordinal}; the model runs on GPU {index}: copy it there first")
-    interface = getattr(array, "__cuda_array_interface__", None)
+    try:
+        interface = getattr(array, "__cuda_array_interface__", None)
+    except RuntimeError as error:  # PyTorch's, of a tensor that takes part in training
+        raise InputError(f"an array on the GPU that cannot be read: {one_line(str(error))}") from error
     if interface is not None:
         dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
         strides = interface.get("strides")
@@ -126,11 +129,12 @@ def borrow(array: Any, devices: tuple[int, ...] = (CUDA, CUDA_MANAGED), index: i
 
 
 def stack(arrays: Sequence[Any]) -> Any:
-    """Arrays ``[1, …]`` of several scans as one, on the host or on the device; None for some of each."""
+    """Arrays ``[1, …]`` of several scans as one, all on the host or all on the device and of one type; else None."""
     if all(isinstance(array, np.ndarray) for array in arrays):
         return np.concatenate(arrays)
     found = tuple(part for part in map(borrow, arrays) if part is not None)
-    return Stacked(found) if len(found) == len(arrays) else None
+    alike = len({(part.dtype, part.shape[1:]) for part in found}) == 1
+    return Stacked(found) if alike and len(found) == len(arrays) else None
 
 
 def streams_of(arrays: Sequence[Borrowed | Stacked]) -> tuple[int, ...] | None:

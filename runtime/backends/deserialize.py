@@ -5,14 +5,15 @@ Run with a faked library only; on a GPU not yet.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from typing import Any
 
 from ..bundle import Bundle
-from ..engine_library import Library, Log
+from ..engine_library import Library, Log, explained
 from ..engines import EngineRecord, Gpu, build_command, read_engine
-from ..errors import DcformerError, DcformerWarning, EngineRefused
+from ..errors import DcformerError, DcformerWarning, EngineRefused, InferenceError
 from ..files import atomic_file, cache_folder
 
 
@@ -22,16 +23,22 @@ def deserialize(library: Library, bundle: Bundle, record: EngineRecord) -> tuple
     Raises:
         EngineRefused: other bytes, or the library's reason.
     """
-    log = Log(library)
+    log, engine = Log(library), None
     plan = read_engine(bundle, record)
-    runtime = library.module.Runtime(log.logger)
-    if runtime and record.version_compatible:
-        # Such engines bring a runtime of their own, which TensorRT does not load unasked; these bytes are the bundle's.
-        runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(plan) if runtime else None
+    try:
+        with explained(record.engine):
+            runtime = library.module.Runtime(log.logger)
+            if runtime and record.version_compatible:
+                # Such engines bring a runtime of their own, which TensorRT does not load unasked; these bytes are the
+                # bundle's.
+                runtime.engine_host_code_allowed = True
+            engine = runtime.deserialize_cuda_engine(plan) if runtime else None
+        reason = log.last()
+    except InferenceError as error:
+        reason = str(error)
     if engine is None:
         raise EngineRefused(f"{bundle.folder / record.engine}: {library.name} {library.version} refuses it here: "
-                            f"{log.last()}; run on this machine: "
+                            f"{reason}; run on this machine: "
                             f"{build_command(bundle.folder, record.precision, record.library)}")
     if record.flags.get("strip_weights"):
         _refit(library, bundle, record, engine, log)
@@ -48,6 +55,10 @@ def _refit(library: Library, bundle: Bundle, record: EngineRecord, engine: Any, 
         raise EngineRefused(f"{bundle.folder / record.engine}: its weights cannot be filled in from {record.onnx}: "
                             f"{log.last()}; run without --strip-weights: "
                             f"{build_command(bundle.folder, record.precision, record.library)}")
+
+
+#: Combinations of shapes after whose first run the cache is written: texts come in hundreds.
+_MOST_KEPT = 16
 
 
 class Compiled:
@@ -67,15 +78,16 @@ class Compiled:
         self.config.dynamic_shapes_kernel_specialization_strategy = (
             strategies.EAGER if record.role == "image" else strategies.LAZY)
         self._cache = self.config.create_runtime_cache()
-        self._stored = self._path.read_bytes() if self._path.exists() else b""
-        if self._stored and not self._cache.deserialize(self._stored):
-            self._stored = b""  # of another driver, or damaged: it is compiled anew, and replaced
+        self._stored = b""  # also where it is of another driver, damaged or unreadable: then it is compiled anew
+        with contextlib.suppress(OSError):
+            stored = self._path.read_bytes()
+            self._stored = stored if self._cache.deserialize(stored) else b""
         self.config.set_runtime_cache(self._cache)
         self._seen: set[Any] = set()
 
     def keep(self, shapes: Any) -> None:
-        """Write it, after the first run of each combination of shapes, if that has compiled anything."""
-        if shapes in self._seen:
+        """Write it, after the first run of each of the first combinations of shapes, if that has compiled anything."""
+        if shapes in self._seen or len(self._seen) >= _MOST_KEPT:
             return
         self._seen.add(shapes)
         now = bytes(memoryview(self._cache.serialize()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Device:
         self._driver = driver or import_driver()
         self._lost: str | None = None
         #: Held while a stream is recorded, and by what would be an error meanwhile, and spoil the record: waiting for
-        #: the whole context, and, as TensorRT-RTX records in a way that it does not tell, taking and freeing memory.
+        #: the whole context, and, as TensorRT-RTX records in a way that it does not tell, loading, taking and freeing.
         self.recording = _RECORDING
         self.call("cuInit", 0)
         self._device = self.call("cuDeviceGet", index)
@@ -112,95 +113,118 @@ class Device:
         for stream in streams:
             self.call("cuStreamSynchronize", stream)
 
+    def pci_bus_id(self) -> bytes:
+        """By which NVML knows the GPU, such as b"0000:3b:00.0": its numbers are others where some GPUs are hidden."""
+        return bytes(self.call("cuDeviceGetPCIBusId", 16, self._device)).split(b"\0")[0]
+
     def free(self, kind: str, handle: Any) -> None:
         """Give something back; a lost device has nothing left to free."""
         if self._lost is None:
             self.call(kind, handle)
 
 
-class Stream:
-    """Work in order. ``handle``: for libraries that want an integer."""
+class Held:
+    """Something of the driver's: given back when it is closed, or when nobody refers to it any more.
+
+    Args:
+        free: the driver's function that takes it back.
+    """
+
+    def __init__(self, device: Device, raw: Any, free: str) -> None:
+        self._device, self.raw, self._free = device, raw, free
+        self._dropped = weakref.finalize(self, _give_back, device, free, raw)
+        self._dropped.atexit = False  # the driver's own end takes everything
+
+    def close(self) -> None:
+        """Give it back, once."""
+        if self._dropped.detach() is not None:
+            with self._device.recording:
+                self._device.free(self._free, self.raw)
+
+
+def _give_back(device: Device, free: str, raw: Any) -> None:
+    """In whatever thread a finalizer runs; nobody could hear of an error."""
+    with contextlib.suppress(InferenceError), device.recording:
+        device.use()
+        device.free(free, raw)
+
+
+class Stream(Held):
+    """Work in order. ``raw``: the driver's own object. ``handle``: for libraries that want an integer."""
 
     def __init__(self, device: Device) -> None:
-        self._device = device
-        self._stream = device.call("cuStreamCreate", 1)  # CU_STREAM_NON_BLOCKING: does not wait for the null stream
-
-    @property
-    def raw(self) -> Any:
-        """The driver's own object."""
-        return self._stream
+        # CU_STREAM_NON_BLOCKING: does not wait for the null stream
+        super().__init__(device, device.call("cuStreamCreate", 1), "cuStreamDestroy")
 
     @property
     def handle(self) -> int:
         """The stream's address."""
-        return int(self._stream)
+        return int(self.raw)
 
     def wait(self) -> None:
         """Until all is done. Raises what failed on the way."""
-        self._device.call("cuStreamSynchronize", self._stream)
+        self._device.call("cuStreamSynchronize", self.raw)
 
     def upload(self, target: int, source: int, size: int) -> None:
         """Host to device; ``source`` is pinned memory."""
-        self._device.call("cuMemcpyHtoDAsync", target, source, size, self._stream)
+        self._device.call("cuMemcpyHtoDAsync", target, source, size, self.raw)
 
     def download(self, target: int, source: int, size: int) -> None:
         """Device to host; into memory that is not pinned it waits."""
-        self._device.call("cuMemcpyDtoHAsync", target, source, size, self._stream)
+        self._device.call("cuMemcpyDtoHAsync", target, source, size, self.raw)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """From one place on the device to another."""
-        self._device.call("cuMemcpyDtoDAsync", target, source, size, self._stream)
+        self._device.call("cuMemcpyDtoDAsync", target, source, size, self.raw)
 
-    def capture(self, work: Callable[[], None]) -> Any:
+    def capture(self, work: Callable[[], None]) -> Held:
         """Record what ``work`` enqueues, without doing it; returns what ``replay`` wants."""
         # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on with their own streams meanwhile.
         mode = self._device._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with self._device.recording:
-            self._device.call("cuStreamBeginCapture", self._stream, mode)
+            self._device.call("cuStreamBeginCapture", self.raw, mode)
             try:
                 work()
             except BaseException:
                 with contextlib.suppress(InferenceError):  # the record is spoilt; why is in the first error
-                    self._device.call("cuStreamEndCapture", self._stream)
+                    self._device.call("cuStreamEndCapture", self.raw)
                 raise
-            graph = self._device.call("cuStreamEndCapture", self._stream)
+            graph = self._device.call("cuStreamEndCapture", self.raw)
         try:
-            return self._device.call("cuGraphInstantiate", graph, 0)
+            return Held(self._device, self._device.call("cuGraphInstantiate", graph, 0), "cuGraphExecDestroy")
         finally:
             self._device.free("cuGraphDestroy", graph)
 
-    def replay(self, graph: Any) -> None:
+    def replay(self, graph: Held) -> None:
         """Enqueue what was recorded."""
-        self._device.call("cuGraphLaunch", graph, self._stream)
-
-    def close(self) -> None:
-        """Give it back."""
-        self._device.free("cuStreamDestroy", self._stream)
+        self._device.call("cuGraphLaunch", graph.raw, self.raw)
 
 
 class Memory:
-    """One block on the device and, for ``staging``, one of the same layout in pinned host memory."""
+    """One block on the device and, for ``staging``, one of the same layout in pinned host memory.
+
+    Given back like ``Held``.
+    """
 
     def __init__(self, device: Device, plan: Plan, staging: bool = True) -> None:
-        self._device, self.plan, self._staging = device, plan, None
+        self.plan, self._staging = plan, None
         with device.recording:
-            self._block = device.call("cuMemAlloc", plan.total_bytes)
-            if not staging:
-                return
-            try:
-                self._staging = device.call("cuMemAllocHost", plan.total_bytes)
-            except BaseException:
-                device.free("cuMemFree", self._block)
-                raise
+            self._block = Held(device, device.call("cuMemAlloc", plan.total_bytes), "cuMemFree")
+            if staging:
+                try:
+                    self._staging = Held(device, device.call("cuMemAllocHost", plan.total_bytes), "cuMemFreeHost")
+                except BaseException:
+                    self._block.close()
+                    raise
 
     def address(self, name: str) -> int:
         """Of a tensor on the device."""
-        return int(self._block) + self.plan.offsets[name]
+        return int(self._block.raw) + self.plan.offsets[name]
 
     def staging(self, name: str) -> int:
         """Of a tensor in pinned host memory."""
         assert self._staging is not None
-        return int(self._staging) + self.plan.offsets[name]
+        return int(self._staging.raw) + self.plan.offsets[name]
 
     def view(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """A tensor in pinned host memory as an array; good until ``close``."""
@@ -210,7 +234,6 @@ class Memory:
 
     def close(self) -> None:
         """Give both back."""
-        with self._device.recording:
-            if self._staging is not None:
-                self._device.free("cuMemFreeHost", self._staging)
-            self._device.free("cuMemFree", self._block)
+        if self._staging is not None:
+            self._staging.close()
+        self._block.close()

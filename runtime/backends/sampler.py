@@ -27,7 +27,7 @@ from ..manifest import Preprocessing, TensorInfo
 from ..volume.preprocess import AxisPlan, axis_plans, fit_to_scan
 from ..volume.types import Volume
 from .borrow import Borrowed
-from .device import Device, Memory, Plan, Stream, plan_buffers
+from .device import Device, Held, Memory, Plan, Stream, plan_buffers
 
 SOURCE = Path(__file__).with_name("sample.cu")
 _THREADS = 256
@@ -79,6 +79,13 @@ class Task:
     job: Job
 
 
+def takes(volume: Volume) -> bool:
+    """Whether the kernel knows the type of a scan's voxels, and has room for its maps to Hounsfield units."""
+    dtype = volume.stored.dtype
+    return (f"{dtype.kind}{dtype.itemsize}" in _KINDS
+            and sum(not step.is_identity for step in volume.scaling) <= _MOST_MAPS)
+
+
 def plan_task(volume: Volume, spec: Preprocessing, steps_dhw: tuple[int, int, int], dtype: np.dtype[Any]) -> Task:
     """Every ``steps_dhw``-th voxel of the preprocessed volume.
 
@@ -89,11 +96,12 @@ def plan_task(volume: Volume, spec: Preprocessing, steps_dhw: tuple[int, int, in
     Raises:
         InputError: as ``preprocess``; more than four maps to Hounsfield units.
     """
+    maps = [step for step in volume.scaling if not step.is_identity]
+    if not takes(volume):
+        raise InputError(f"{volume.name}: {volume.stored.dtype} voxels with {len(maps)} maps to HU; preprocess on the "
+                         "CPU")
     stored = _compact(volume.stored)
     kind = f"{stored.dtype.kind}{stored.dtype.itemsize}"
-    maps = [step for step in volume.scaling if not step.is_identity]
-    if kind not in _KINDS or len(maps) > _MOST_MAPS:
-        raise InputError(f"{volume.name}: {stored.dtype} voxels with {len(maps)} maps to HU; preprocess on the CPU")
     plans = axis_plans(volume, spec, steps_dhw)
     low, high = np.lib.array_utils.byte_bounds(stored)
     voxels = np.frombuffer(memoryview((ctypes.c_byte * (high - low)).from_address(low)), stored.dtype)
@@ -132,7 +140,7 @@ class _Pool:
     """Memory that may be used again."""
 
     def __init__(self, device: Device) -> None:
-        self._device, self._idle, self._closed = device, list[Memory](), False
+        self._device, self._idle, self._keeps = device, list[Memory](), True
         # Reentrant: a finalizer, which gives memory back, may run anywhere, here too.
         self._lock = threading.RLock()
 
@@ -150,16 +158,13 @@ class _Pool:
     def give(self, memory: Memory) -> None:
         """Take it back."""
         with self._lock:
-            if not self._closed:
+            if self._keeps:
                 self._idle.append(memory)
-                return
-        self._device.use()
-        memory.close()
 
-    def release(self, closing: bool = False) -> None:
-        """Free what nobody uses; when closing, the rest when it is given back."""
+    def release(self, keeps: bool = True) -> None:
+        """Free what nobody uses, and unless it ``keeps`` what is given back, that too."""
         with self._lock:
-            self._closed, idle, self._idle = closing, self._idle, []
+            self._keeps, idle, self._idle = keeps, self._idle, []
         for memory in idle:
             memory.close()
 
@@ -188,8 +193,10 @@ class Sampler:
     def __init__(self, device: Device, compute_capability: str, nvrtc: Any = None) -> None:
         self._device = device
         device.use()
-        self._module = device.call("cuModuleLoadData", compile_kernel(compute_capability, nvrtc))
-        self._sample, self._thin = (device.call("cuModuleGetFunction", self._module, name)
+        code = compile_kernel(compute_capability, nvrtc)
+        with device.recording:
+            self._module = Held(device, device.call("cuModuleLoadData", code), "cuModuleUnload")
+        self._sample, self._thin = (device.call("cuModuleGetFunction", self._module.raw, name)
                                     for name in (b"sample_lines", b"thin"))
         self._stream = Stream(device)
         self._pool = _Pool(device)
@@ -226,7 +233,8 @@ class Sampler:
         Raises:
             InputError: another shape or dtype; NaN, or values outside the window, where the tower looks.
         """
-        if len(volumes.shape) != 4 or volumes.shape[1:] != spec.shape_dhw or volumes.dtype not in _FLOATS:
+        if (len(volumes.shape) != 4 or not volumes.shape[0] or volumes.shape[1:] != spec.shape_dhw
+                or volumes.dtype not in _FLOATS):
             sides = ", ".join(map(str, spec.shape_dhw))
             raise InputError(f"volumes: {volumes.dtype} {list(volumes.shape)} on the GPU; expected "
                              f"{' or '.join(_FLOATS)} [batch, {sides}] (D, H, W), preprocessed")
@@ -281,9 +289,9 @@ class Sampler:
 
     def close(self) -> None:
         """Give everything back but the memory of arrays that somebody still holds; nothing works afterwards."""
-        self._pool.release(closing=True)
+        self._pool.release(keeps=False)
         self._stream.close()
-        self._device.free("cuModuleUnload", self._module)
+        self._module.close()
 
     def _launch(self, kernel: Any, job: Job | Thinning, count: int) -> None:
         """Run a kernel on its argument, one thread for each of ``count`` results."""

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engine_library import Log, load_library
+from ..engine_library import Log, explained, load_library
 from ..engines import EngineRecord, find_engine, require_fitting
 from ..errors import DcformerWarning, DeviceLost, DeviceUnavailable, InferenceError, InputError
 from ..gpu import current_gpu
@@ -29,7 +29,7 @@ from ..volume.types import Volume
 from .base import Options
 from .borrow import Borrowed, Stacked, borrow, streams_of
 from .deserialize import Compiled, deserialize
-from .device import Device, Memory, Stream, plan_buffers
+from .device import ALIGNMENT, Device, Held, Memory, Stream, plan_buffers
 from .sampler import DeviceArray, Sampler
 
 #: Requests that may run at once, each with memory of its own.
@@ -76,8 +76,9 @@ class TensorRtBackend:
         self._is_rtx = library.is_rtx
         self._device = Device()
         self._device.use()
-        self._engine, self._log = deserialize(library, bundle, self.record)
-        self._compiled = Compiled(library, self._engine, self.record, gpu) if self._is_rtx else None
+        with self._device.recording:
+            self._engine, self._log = deserialize(library, bundle, self.record)
+            self._compiled = Compiled(library, self._engine, self.record, gpu) if self._is_rtx else None
         self._shapes = _Shapes(self.record)
         self._free = threading.BoundedSemaphore(slots)
         self._idle: list[_Slot] = []
@@ -179,7 +180,8 @@ class TensorRtBackend:
                 self._idle.append(slot)
 
     def _context(self) -> Any:
-        with self._device.recording:  # it takes memory, and may wait for the GPU
+        # It takes memory, and may wait for the GPU.
+        with self._device.recording, explained(self.record.engine):
             context = (self._engine.create_execution_context() if self._compiled is None else
                        self._engine.create_execution_context(self._compiled.config))
         if context is None:
@@ -203,8 +205,9 @@ class _Shapes:
         """The input, contiguous on the host or as it lies on the device, if the engine takes it."""
         profile = self._profile[name]
         found = array if isinstance(array, Stacked) else borrow(array)
-        if isinstance(array, DeviceArray) and isinstance(found, Borrowed):
-            # Brought to the slot's own memory: where it lies changes from scan to scan, and with it what was recorded.
+        if isinstance(found, Borrowed) and (isinstance(array, DeviceArray) or found.address % ALIGNMENT):
+            # Brought to the slot's own memory: TensorRT reads none at odd places, and where a scan lies that was made
+            # here changes each time, and with it what was recorded.
             found = Stacked((found,))
         if found is None:
             found = np.ascontiguousarray(array)
@@ -244,7 +247,8 @@ class _Slot:
     """What one request at a time uses."""
 
     def __init__(self, device: Device, context: Any, shapes: _Shapes, is_rtx: bool, log: Log) -> None:
-        self._device, self._context, self._shapes, self._is_rtx, self._log = device, context, shapes, is_rtx, log
+        self._device, self._shapes, self._is_rtx, self._log = device, shapes, is_rtx, log
+        self._context: Any = context
         self._memory = Memory(device, plan_buffers(shapes.largest_bytes()))
         try:
             self._stream = Stream(device)
@@ -253,7 +257,7 @@ class _Slot:
             raise
         self._bound: tuple[Any, ...] | None = None
         self._fresh = True
-        self._graph: Any = None
+        self._graph: Held | None = None
         self._records = not is_rtx
 
     def run(self, inputs: Mapping[str, _Input], outputs: Sequence[str]) -> list[NDArray[Any]]:
@@ -294,10 +298,12 @@ class _Slot:
             return brought
         # A graph holds addresses and the kernels for one shape.
         self._forget_graph()
-        for name, array in inputs.items():
-            self._require(self._context.set_input_shape(name, tuple(array.shape)), f"the shape of {name}")
-        for name, address in (addresses | {name: self._memory.address(name) for name in self._shapes.outputs}).items():
-            self._require(self._context.set_tensor_address(name, address), f"the address of {name}")
+        addresses |= {name: self._memory.address(name) for name in self._shapes.outputs}
+        with explained(self._shapes.engine):
+            for name, array in inputs.items():
+                self._require(self._context.set_input_shape(name, tuple(array.shape)), f"the shape of {name}")
+            for name, address in addresses.items():
+                self._require(self._context.set_tensor_address(name, address), f"the address of {name}")
         self._bound, self._fresh = bound, True
         return brought
 
@@ -333,7 +339,8 @@ class _Slot:
 
     def fetch(self, outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Download, and wait."""
-        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in outputs}
+        with explained(self._shapes.engine):
+            shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in outputs}
         for name in outputs:
             size = math.prod(shapes[name]) * self._shapes.dtypes[name].itemsize
             self._stream.download(self._memory.staging(name), self._memory.address(name), size)
@@ -343,11 +350,12 @@ class _Slot:
 
     def _forget_graph(self) -> None:
         if self._graph is not None:
-            self._device.free("cuGraphExecDestroy", self._graph)
+            self._graph.close()
             self._graph = None
 
     def _enqueue(self) -> None:
-        self._require(self._context.execute_async_v3(self._stream.handle), "to run")
+        with explained(self._shapes.engine):
+            self._require(self._context.execute_async_v3(self._stream.handle), "to run")
 
     def _require(self, accepted: bool, what: str) -> None:
         if not accepted:
@@ -355,6 +363,8 @@ class _Slot:
 
     def close(self) -> None:
         """Give memory and stream back."""
+        with self._device.recording:
+            self._context = None
         self._forget_graph()
         self._memory.close()
         self._stream.close()

@@ -60,10 +60,7 @@ def write_scan_page(model: Model, path: ScanPath, out: Path, options: PageOption
     """
     spec = model.manifest.preprocessing
     known = _class_names(model, options)
-    for name in options.explain:
-        if name not in known:
-            raise InputError(f"--explain: no class {name!r}; the classes are {', '.join(known)}"
-                             f"{suggestion(name, known)}")
+    explained = list(dict.fromkeys(_named(name, known) for name in options.explain))
     facts, timings = file_facts(path), {}
     start = time.perf_counter()
     volume = read_scan(path, spec, ReadOptions(**options.read_options))
@@ -76,7 +73,7 @@ def write_scan_page(model: Model, path: ScanPath, out: Path, options: PageOption
     found, looked = None, None
     if options.most_blocks is not None:
         found = occlude(model, prepared, options.classes, options.most_blocks, on_block)
-        looked = _looked(model, volume, found, tuple(dict.fromkeys(options.explain)) or ranked[:_SHOWN])
+        looked = _looked(model, volume, found, explained or ranked[:_SHOWN])
     digest = sha256_scan(path)
     if file_facts(path) != facts:
         raise InputError(f"{path}: changed while its page was made; wait until it is written, then make it again")
@@ -90,6 +87,16 @@ def write_scan_page(model: Model, path: ScanPath, out: Path, options: PageOption
         reading=_reading(volume, spec, digest, options.read_options), model=_model(model),
         timings=[(phase, f"{ms:,.0f} ms") for phase, ms in timings.items()])
     return replace(result, timings_ms=timings), found
+
+
+def _named(name: str, known: Sequence[str]) -> str:
+    """The class that is meant, whatever its capitals."""
+    if name in known:
+        return name
+    alike = [one for one in known if one.casefold() == name.casefold()]
+    if len(alike) != 1:
+        raise InputError(f"--explain: no class {name!r}; the classes are {', '.join(known)}{suggestion(name, known)}")
+    return alike[0]
 
 
 def _class_names(model: Model, options: PageOptions) -> Sequence[str]:

@@ -6,9 +6,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from gpus import OnDevice
 
 from dcformer_deploy.runtime import InputError
-from dcformer_deploy.runtime.backends.borrow import CPU, CUDA, Stacked, borrow, stack
+from dcformer_deploy.runtime.backends.borrow import CPU, Stacked, borrow, stack
 
 
 class Foreign:
@@ -64,18 +65,6 @@ def test_memory_lives_as_long_as_it_is_borrowed():
     assert alive() is None
 
 
-class OnDevice:
-    """As torch, CuPy or JAX make it. ``interface``: beyond shape, type and address."""
-
-    def __init__(self, array: np.ndarray, device: int = 0, **interface: object) -> None:
-        self._device = device
-        self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 3,
-                                         "data": (array.ctypes.data, False), "strides": array.strides, **interface}
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return CUDA, self._device
-
-
 @pytest.mark.parametrize(("interface", "streams"), [
     ({}, ()), ({"stream": None}, ()), ({"stream": 2}, (2,)), ({"stream": 77}, (77,)), ({"version": 2}, None)])
 def test_who_may_still_be_writing(interface: dict[str, object], streams: tuple[int, ...] | None):
@@ -111,6 +100,17 @@ def test_several_as_one():
     stacked = stack([OnDevice(one), OnDevice(other)])
     assert [part.address for part in stacked.parts] == [one.ctypes.data, other.ctypes.data]
     assert stack([one, OnDevice(other)]) is None
+    assert stack([OnDevice(one), OnDevice(other.astype(np.float32))]) is None
+
+
+def test_what_its_library_does_not_give_away():
+    class InTraining:
+        @property
+        def __cuda_array_interface__(self) -> dict[str, object]:
+            raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.\nUse detach()")
+
+    with pytest.raises(InputError, match="an array on the GPU that cannot be read: Can't get .* Use detach"):
+        borrow(InTraining())
 
 
 def test_what_lies_on_the_host_is_not_borrowed():

@@ -97,6 +97,7 @@ def _device() -> None:
     assert [str(error).split()[3] if error else None for error in found] == ["answered", None, "answered", None]
     assert "answered CUDA_ERROR_INVALID_CONTEXT to cuStreamCreate" in str(found[0])
     device.synchronize()
+    assert device.pci_bus_id() == b"0000:3b:00.0"
 
 
 def _memory() -> None:
@@ -107,7 +108,7 @@ def _memory() -> None:
     ordinary = np.zeros((10, 100), np.float32)
     sent[...] = np.random.default_rng(0).normal(size=sent.shape)
     stream.upload(memory.address("a"), memory.staging("a"), sent.nbytes)
-    device.call("cuMemcpyDtoDAsync", memory.address("b"), memory.address("a"), sent.nbytes, stream.raw)
+    stream.copy(memory.address("b"), memory.address("a"), sent.nbytes)
     stream.download(memory.staging("b"), memory.address("b"), sent.nbytes)
     stream.download(ordinary.ctypes.data, memory.address("b"), sent.nbytes)
     assert np.isnan(received).all()
@@ -149,7 +150,7 @@ def _graph() -> None:
         stream.replay(graph)
         stream.wait()
         np.testing.assert_array_equal(found, np.full(4, value))
-    device.free("cuGraphExecDestroy", graph)
+    graph.close()
     memory.close()
     stream.close()
 

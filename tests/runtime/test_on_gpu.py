@@ -80,7 +80,7 @@ def test_what_is_recorded_is_done_when_it_is_replayed(device: Device):
         assert (bring() == value - 1).all()  # not yet
         stream.replay(graph)
         assert (bring() == value).all()
-    device.free("cuGraphExecDestroy", graph)
+    graph.close()
     stream.close()
     memory.close()
 

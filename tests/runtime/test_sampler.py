@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from fake_gpu import FakeDriver, Status, install, with_engines
@@ -262,11 +263,21 @@ def test_from_a_file_to_an_embedding(calibrated: Path, scans: Path, kernels: Any
     assert driver.calls.count("cuMemcpyHtoDAsync") == driver.calls.count("cuCtxSynchronize") == 0
     mixed = models[1].embed_batch([prepared[0], models[0].prepare(paths[1])])
     np.testing.assert_array_equal(mixed, expected[:2])
-    for model in ran:
-        model.close()  # type: ignore[attr-defined]
     del prepared
     gc.collect()
+    for model in ran:
+        model.close()  # type: ignore[attr-defined]
     assert not driver.blocks
+    chosen = load(bundle, device="cuda", backend="tensorrt", precision="fp16", preprocess="auto")
+    read = sum(int(np.prod(info.axes[-3:])) * 2 for info in chosen._info("image").inputs)
+    was_there = []
+    for path in sorted(scans.iterdir()):
+        was_there.append(not isinstance(chosen.prepare(path).feeds["lines_d"], np.ndarray))
+        assert was_there[-1] == (np.prod(nib.load(path).shape) * 2 <= read)
+    assert set(was_there) == {True, False}
+    wide = nib.Nifti1Image(np.full((20, 20, 20), -500, np.int64), np.diag([-2, -2, 2, 1]), dtype="int64")
+    nib.save(wide, tmp_path / "wide.nii")
+    assert isinstance(chosen.prepare(tmp_path / "wide.nii").feeds["lines_d"], np.ndarray)  # unknown to the kernel
     arguments = ["check", str(bundle), "--data", str(scans), "--samples", "2", "--json"]
 
     def checked() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The TensorRT back end on a faked driver: buffers, graphs, the pool, errors; and real refusals without a GPU."""
 
 import dataclasses
+import gc
 import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_gpu import FakeDriver, FakeTensorRt, Status, install
+from gpus import OnDevice, aligned
 
 from dcformer_deploy.calibration.emulate import emulated_bundle
 from dcformer_deploy.runtime import InputError, gpu, load
@@ -74,30 +76,32 @@ def test_outputs_are_the_engines(built: Path, expected: Model, library: FakeTens
 
 
 def test_arrays_on_the_device_are_read_where_they_are(built: Path, expected: Model, library: FakeTensorRt):
-    class OnDevice:
-        def __init__(self, array: np.ndarray, strides: tuple[int, ...] | None = None) -> None:
-            self.shape, self._array = array.shape, array
-            self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 2,
-                                             "data": (array.ctypes.data, False), "strides": strides}
-
     options = Options("cuda", backend="tensorrt", precision="fp16")
     backend = tensorrt.TensorRtBackend(open_bundle(built), "image", options)
     graph = expected.manifest.graph("image", "fp16")
     assert graph is not None
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        host = {info.name: rng.uniform(-1, 1, (2, *info.axes[1:])).astype(np.float16) for info in graph.inputs}
-        (found,) = backend.run({name: OnDevice(array) for name, array in host.items()}, ["feature_map"])
+        host = {info.name: aligned(rng.uniform(-1, 1, (2, *info.axes[1:])).astype(np.float16)) for info in graph.inputs}
+        (found,) = backend.run({name: OnDevice(array, version=2) for name, array in host.items()}, ["feature_map"])
         (wanted,) = backend.run(host, ["feature_map"])
         np.testing.assert_array_equal(found, wanted)
     assert library.driver.calls.count("cuCtxSynchronize") == 3
     uploads = library.driver.calls.count("cuMemcpyHtoDAsync")
     assert uploads == 9  # of the host's arrays alone
-    gaps = {name: OnDevice(array, (1,) * array.ndim) for name, array in host.items()}
+    assert library.driver.calls.count("cuMemcpyDtoDAsync") == 0
+    gaps = {name: OnDevice(array, strides=(1,) * array.ndim) for name, array in host.items()}
     with pytest.raises(InputError, match="lines_d: an array on the device with gaps"):
         backend.run(gaps, ["feature_map"])
-    packed = {name: OnDevice(array, array.strides) for name, array in host.items()}
+    packed = {name: OnDevice(array, strides=None) for name, array in host.items()}
     np.testing.assert_array_equal(backend.run(packed, ["feature_map"])[0], wanted)
+    odd = {name: np.empty(array.nbytes + 258, np.uint8)[2:] for name, array in host.items()}
+    for name, array in host.items():  # where TensorRT reads nothing
+        odd[name] = odd[name][-odd[name].ctypes.data % 256 + 2 :][: array.nbytes].view(np.float16).reshape(array.shape)
+        odd[name][...] = array
+    (found,) = backend.run({name: OnDevice(array) for name, array in odd.items()}, ["feature_map"])
+    np.testing.assert_array_equal(found, wanted)
+    assert library.driver.calls.count("cuMemcpyDtoDAsync") == len(host)
 
 
 def test_volumes_on_the_device(built: Path, expected: Model, library: FakeTensorRt, kernels: Any,
@@ -107,12 +111,6 @@ def test_volumes_on_the_device(built: Path, expected: Model, library: FakeTensor
     monkeypatch.setattr(sampler, "compile_kernel", lambda capability, nvrtc: b"machine code")
     model = _model(built)
     volumes = _volumes(model, 2)
-
-    class OnDevice:
-        def __init__(self, array: np.ndarray) -> None:
-            self._array = array
-            self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "version": 3,
-                                             "data": (array.ctypes.data, False), "strides": array.strides}
 
     for kind in (np.float32, np.float16):
         host = volumes.astype(kind)
@@ -125,10 +123,48 @@ def test_volumes_on_the_device(built: Path, expected: Model, library: FakeTensor
         np.testing.assert_array_equal(model.embed_images([OnDevice(one) for one in host]), wanted["image_embedding"])
     with pytest.raises(InputError, match="NaN, or values outside"):
         model.embed_image(OnDevice(volumes[0] + 1))
+    with pytest.raises(InputError, match=r"volumes: float32 \[0, .* on the GPU; expected"):
+        model.image_outputs(OnDevice(volumes[:0]))
     with pytest.raises(InputError, match="spacing: only for files"):
         model.embed_image(OnDevice(volumes[0]), spacing=(1, 1, 1))
     with pytest.raises(InputError, match="an array on the GPU: onnxruntime on cpu takes arrays on the host; copy it"):
         load(built).embed_image(OnDevice(volumes[0]))
+
+
+def test_everything_is_given_back_with_the_model(built: Path, library: FakeTensorRt, kernels: Any,
+                                                 monkeypatch: pytest.MonkeyPatch):
+    library.driver.kernels = kernels
+    monkeypatch.setattr(sampler, "compile_kernel", lambda capability, nvrtc: b"machine code")
+    model = _model(built)
+    model.embed_image(OnDevice(_volumes(model, 1)[0]))
+    for _ in range(3):
+        model.image_outputs(_volumes(model, 2))
+    model.embed_text("no")
+    driver = library.driver
+    assert driver.blocks and driver.streams and driver.graphs
+    del model
+    gc.collect()
+    assert not driver.blocks and not driver.streams and not driver.graphs
+
+
+def test_what_the_bindings_raise(built: Path, library: FakeTensorRt, monkeypatch: pytest.MonkeyPatch):
+    """Is an error of one request, or of loading, and not a traceback."""
+    def fail(*_: object) -> None:
+        raise RuntimeError("pybind11: something\nelse")
+
+    model = _model(built)
+    monkeypatch.setattr("fake_gpu._Context.execute_async_v3", fail)
+    with pytest.raises(InferenceError, match="image.fp16.tensorrt.sm90.engine: RuntimeError: pybind11: something else"):
+        model.image_outputs(_volumes(model, 1))
+    monkeypatch.setattr("fake_gpu._Engine.create_execution_context", fail)
+    with pytest.raises(InferenceError, match="RuntimeError: pybind11"):
+        model.image_outputs(_volumes(model, 1))
+    chosen = load(built, backend="auto", precision="fp16")
+    assert chosen.device == "cpu"
+    assert "tensorrt: image.fp16.tensorrt.sm90.engine: RuntimeError: pybind11" in str(chosen.choice)
+    monkeypatch.setattr(library, "Runtime", fail)
+    with pytest.raises(EngineRefused, match="refuses it here: .*RuntimeError: pybind11: something else; run on this"):
+        _model(built).describe()
 
 
 def test_more_texts_than_an_engine_takes(built: Path, expected: Model, library: FakeTensorRt):

@@ -153,8 +153,12 @@ def test_signals_while_the_library_works():
         time.sleep(0.2)
         finished.append(watch.stopped)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_apart(work, watch)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for jobs in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_apart(work, watch)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert finished == [True]
 
 
