@@ -10,7 +10,6 @@ import dataclasses
 import enum
 import itertools
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from host_kernels import compile_for_host
 
 from dcformer_deploy.calibration.emulate import emulate
 from dcformer_deploy.runtime import gpu
 from dcformer_deploy.runtime.backends import device, tensorrt
-from dcformer_deploy.runtime.backends.sampler import SOURCE, Job, Thinning
+from dcformer_deploy.runtime.backends.sampler import Job, Thinning
 from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.engine_library import Library
@@ -277,35 +277,9 @@ class _Context:
         return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape)
 
 
-_HOST = """
-#define __device__
-#define __global__
-struct Index { unsigned x; };
-static Index blockIdx, blockDim, threadIdx;
-#include "sample.cu"
-extern "C" unsigned long job_bytes() { return sizeof(Job); }
-extern "C" void sample_lines_on_host(Job *job, unsigned blocks, unsigned threads) {
-    blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) sample_lines(*job);
-}
-extern "C" unsigned long thinning_bytes() { return sizeof(Thinning); }
-extern "C" void thin_on_host(Thinning *job, unsigned blocks, unsigned threads) {
-    blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) thin(*job);
-}
-extern "C" float float_of(unsigned short half) { return from_half(half); }
-extern "C" unsigned short half_of(float value) { return to_half(value); }
-"""
-
-
 def kernels_on_host(folder: Path) -> Any:
     """The project's kernels, compiled for this machine's processor."""
-    (folder / "host.cpp").write_text(_HOST)
-    subprocess.run(["g++", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-I", SOURCE.parent, "-o", folder / "k.so",
-                    folder / "host.cpp"], check=True)
-    library = ctypes.CDLL(str(folder / "k.so"))
+    library = ctypes.CDLL(str(compile_for_host(folder)))
     library.half_of.argtypes, library.half_of.restype = [ctypes.c_float], ctypes.c_ushort
     library.float_of.argtypes, library.float_of.restype = [ctypes.c_ushort], ctypes.c_float
     library.sample_lines, library.thin = library.sample_lines_on_host, library.thin_on_host

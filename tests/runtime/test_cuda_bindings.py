@@ -7,7 +7,6 @@ processes of their own, as bindings load a driver once.
 
 import ctypes
 import os
-import re
 import shutil
 import struct
 import subprocess
@@ -25,7 +24,7 @@ from dcformer_deploy.benchmarks.gpu.clock import Clock
 from dcformer_deploy.runtime.backends import sampler
 from dcformer_deploy.runtime.backends.borrow import borrow
 from dcformer_deploy.runtime.backends.device import Device, Memory, Stream, plan_buffers
-from dcformer_deploy.runtime.backends.sampler import SOURCE, DeviceArray, Job, Sampler, Thinning, compile_kernel
+from dcformer_deploy.runtime.backends.sampler import DeviceArray, Job, Sampler, Thinning, compile_kernel
 from dcformer_deploy.runtime.engines import Gpu
 from dcformer_deploy.runtime.errors import DeviceLost, DeviceUnavailable, InferenceError, MissingDependency
 from dcformer_deploy.runtime.gpu import current_gpu, import_driver
@@ -34,30 +33,10 @@ from dcformer_deploy.runtime.volume import scan_feeds
 from dcformer_deploy.runtime.volume.types import LinearMap, Volume
 
 STUB = Path(__file__).with_name("stub_cuda.c")
-KERNELS = re.findall(r'extern "C" __global__ void (\w+)\(', SOURCE.read_text())
 MEMORY = 80 << 30
 FLOATS = np.dtype(np.float32)
 #: By scenario: how its process ended, and the driver's functions that it called.
 Outcomes = dict[str, tuple[subprocess.CompletedProcess[str], set[str]]]
-
-_HOST = """
-#define __device__
-#define __global__
-struct Index { unsigned x; };
-static Index blockIdx, blockDim, threadIdx;
-#include "sample.cu"
-template <class Argument> static void run(void (*kernel)(Argument), void *argument, unsigned blocks, unsigned threads) {
-    blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(*(Argument *)argument);
-}
-template <class Argument> static constexpr unsigned long bytes(void (*)(Argument)) { return sizeof(Argument); }
-#define ON_HOST(kernel) \\
-    extern "C" { extern const unsigned long kernel##_bytes; const unsigned long kernel##_bytes = bytes(kernel); } \\
-    extern "C" void kernel##_on_host(void *argument, unsigned blocks, unsigned threads) { \\
-        run(kernel, argument, blocks, threads); \\
-    }
-"""
 
 
 # What runs on the stub, each in a process of its own.
@@ -231,18 +210,18 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     pytest.importorskip("cuda.bindings.driver")
     if sys.platform != "linux" or shutil.which("gcc") is None or shutil.which("g++") is None:
         pytest.skip("no gcc and g++ to compile a stub of the driver for Linux")
+    from host_kernels import compile_for_host  # here, as the scenarios' processes do not find it
+
     folder = tmp_path_factory.mktemp("stub")
-    (folder / "host.cpp").write_text(_HOST + "".join(f"ON_HOST({name})\n" for name in KERNELS))
     subprocess.run(["gcc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", STUB, "-ldl"],
                    check=True)
-    subprocess.run(["g++", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-I", SOURCE.parent, "-o",
-                    folder / "kernels.so", folder / "host.cpp"], check=True)
+    kernels = compile_for_host(folder)
     found = {}
     for name in SCENARIOS:
         log = folder / f"{name}.log"
         environment = os.environ | {
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH")))),
-            "STUB_CUDA_LOG": str(log), "STUB_CUDA_KERNELS": str(folder / "kernels.so")}
+            "STUB_CUDA_LOG": str(log), "STUB_CUDA_KERNELS": str(kernels)}
         ended = subprocess.run([sys.executable, "-X", "faulthandler", __file__, name], env=environment,
                                capture_output=True, text=True, timeout=120, check=False)
         found[name] = ended, set(log.read_text().split()) if log.exists() else set()
@@ -276,11 +255,13 @@ def _nvrtc() -> None:
 @pytest.mark.parametrize("capability", ["8.0", "9.0", "12.0"])
 def test_nvrtc_compiles_for_gpus(_nvrtc: None, capability: str):
     """Machine code for that GPU, whose kernels take structs of the sizes that are handed over."""
+    from host_kernels import NAMES
+
     code = compile_kernel(capability)
     magic, machine, flags = struct.unpack_from("<4s14xH28xI", code)
     assert (magic, machine) == (b"\x7fELF", 190)  # EM_CUDA
     assert int(capability.replace(".", "")) in (flags & 0xff, flags >> 8 & 0xff)  # CUDA 12 and 13
-    assert all(name.encode() in code for name in KERNELS)
+    assert all(name.encode() in code for name in NAMES)
     # EIATTR_CBANK_PARAM_SIZE of .nv.info, a half word: format 3, attribute 0x19
     assert all(b"\x03\x19" + struct.pack("<H", ctypes.sizeof(argument)) in code for argument in (Job, Thinning))
 

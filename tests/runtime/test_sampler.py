@@ -118,8 +118,8 @@ def test_halves_are_numpys(kernels: Any):
 
 
 def test_the_structs_are_what_the_kernels_declare(kernels: Any):
-    assert ctypes.sizeof(Job) == kernels.job_bytes()
-    assert ctypes.sizeof(Thinning) == kernels.thinning_bytes()
+    for argument, name in ((Job, "sample_lines_bytes"), (Thinning, "thin_bytes")):
+        assert ctypes.sizeof(argument) == ctypes.c_ulong.in_dll(kernels, name).value
 
 
 def _lying(array: np.ndarray) -> Borrowed:
