@@ -112,6 +112,9 @@ def test_inspect(capsys, pristine_bundle: Path):
 
 def test_version(capsys):
     assert run(capsys, "--version")[1].startswith("dcformer, version 0.")
+    done = subprocess.run([sys.executable, "-m", "dcformer_deploy.runtime.cli", "--version"], capture_output=True,
+                          text=True)
+    assert done.stdout.startswith("dcformer, version 0.")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,0 +1,5 @@
+"""``python -m dcformer_deploy.runtime.cli``, where the console script is not installed."""
+
+from .start import run
+
+run()
