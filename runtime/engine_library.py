@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +55,44 @@ def load_library(name: str) -> Library:
             raise InputError(f"tensorrt {version}: too old for strongly typed networks; {_OLDEST}.0 or newer is needed")
         return Library(candidate, module, version)
     raise MissingDependency("; ".join(reasons))
+
+
+class _Uncollected:
+    """Python's garbage collector, off while anybody needs it off."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._was_on = threading.Lock(), 0, False
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._users += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users and self._was_on:
+                gc.enable()
+
+
+_UNCOLLECTED = _Uncollected()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Nothing is collected meanwhile, in any thread: for calls that make objects of the library.
+
+    The library calls its logger, which is Python, while it holds a lock that every end of one of its objects takes. A
+    collection just then that finds such an object waits for ever: in the same thread for itself, in another one with
+    what the logger needs to go on. Seen with tensorrt_rtx 1.7.
+    """
+    _UNCOLLECTED.begin()
+    try:
+        yield
+    finally:
+        _UNCOLLECTED.end()
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ...runtime.engine_library import uncollected
+
 _T = TypeVar("_T")
 
 
@@ -43,13 +45,18 @@ def run_apart(work: Callable[[], _T], watch: Watch) -> _T:
     """
     with ThreadPoolExecutor(1, thread_name_prefix="engine build") as pool:
         try:
-            future = pool.submit(work)
+            future = pool.submit(_uncollected, work)
             while not future.done():
                 wait([future], timeout=0.1)
         except BaseException:  # Ctrl-C, or what SIGTERM raises; leaving waits until the library has stopped
             watch.stopped = True
             raise
         return future.result()
+
+
+def _uncollected(work: Callable[[], _T]) -> _T:
+    with uncollected():
+        return work()
 
 
 def monitor(trt: Any, watch: Watch) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engine_library import Log, explained, load_library
+from ..engine_library import Log, explained, load_library, uncollected
 from ..engines import EngineRecord, find_engine, require_fitting
 from ..errors import DcformerWarning, DeviceLost, DeviceUnavailable, InferenceError, InputError
 from ..gpu import current_gpu
@@ -76,7 +76,7 @@ class TensorRtBackend:
         self._is_rtx = library.is_rtx
         self._device = Device()
         self._device.use()
-        with self._device.recording:
+        with self._device.recording, uncollected():
             self._engine, self._log = deserialize(library, bundle, self.record)
             self._compiled = Compiled(library, self._engine, self.record, gpu) if self._is_rtx else None
         self._shapes = _Shapes(self.record)
@@ -181,7 +181,7 @@ class TensorRtBackend:
 
     def _context(self) -> Any:
         # It takes memory, and may wait for the GPU.
-        with self._device.recording, explained(self.record.engine):
+        with self._device.recording, uncollected(), explained(self.record.engine):
             context = (self._engine.create_execution_context() if self._compiled is None else
                        self._engine.create_execution_context(self._compiled.config))
         if context is None:

@@ -1,6 +1,8 @@
 """Phantoms: reproducible, in CT-RATE's layout, and every finding changes what it should and where it should."""
 
+import copy
 import csv
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,12 @@ COARSE_MM = 3.0
 
 
 def scene_of(seed: int, heart: bool = False) -> tuple[Scene, np.random.Generator]:
+    """A chest to paint in, and the generator as building it left it."""
+    return copy.deepcopy(_built(seed, heart))
+
+
+@functools.cache
+def _built(seed: int, heart: bool) -> tuple[Scene, np.random.Generator]:
     rng = np.random.default_rng(seed)
     patient = Patient.draw(rng)
     if heart:

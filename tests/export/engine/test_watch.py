@@ -5,6 +5,8 @@ import itertools
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -160,6 +162,41 @@ def test_signals_while_the_library_works():
     finally:
         signal.signal(signal.SIGINT, before)
     assert finished == [True]
+
+
+def test_a_collection_at_the_worst_time(graph: Path):
+    """While the library calls the logger, an object of it is garbage: its end would wait for the library's own lock."""
+    code = """
+import faulthandler, gc, sys, threading
+from pathlib import Path
+from dcformer_deploy.export.engine.build import BuildOptions, build_engine
+from dcformer_deploy.runtime.engine_library import Log, load_library
+library = load_library("tensorrt_rtx")
+
+class Garbage:
+    def __init__(self):
+        self.itself, self.held = self, library.module.Runtime(Log(library).logger)
+
+heard = []
+
+def collect(frame, event, _):
+    if event == "call" and frame.f_code.co_name == "log":
+        heard.append(gc.isenabled())
+        if gc.isenabled():
+            gc.collect()
+
+gc.collect()
+gc.set_threshold(1 << 30)
+Garbage()
+faulthandler.dump_traceback_later(60, exit=True)
+threading.setprofile(collect)
+build_engine(library, Path(sys.argv[1]), BuildOptions())
+threading.setprofile(None)
+assert heard and not any(heard), heard
+assert gc.isenabled()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(graph)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_parser_works_apart_too(graph: Path, monkeypatch: pytest.MonkeyPatch):
