@@ -210,6 +210,7 @@ def test_run_saves_what_the_reader_takes(out: Path, monkeypatch: pytest.MonkeyPa
     assert codes.shape == again.shape[:2]
 
 
+@pytest.mark.thorough
 def test_resumed_run_equals_an_uninterrupted_one(out: Path, monkeypatch: pytest.MonkeyPatch):
     whole = _trainer(out, monkeypatch)
     whole.amp = False

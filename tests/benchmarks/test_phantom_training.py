@@ -89,6 +89,7 @@ def test_places_are_pooled_around_what_a_position_looks_at():
     assert not pool_places(places, (4, 4, 2))[0, 0, :3].any()
 
 
+@pytest.mark.thorough
 def test_localizer_learns_where_findings_are():
     torch.manual_seed(0)
     rate = torch.linspace(0.02, 0.4, 18).view(1, 18, 1, 1, 1)
