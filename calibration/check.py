@@ -18,7 +18,7 @@ from ..runtime.backends import Backend, Options, open_graph
 from ..runtime.backends.device import Device
 from ..runtime.backends.sampler import Sampler
 from ..runtime.bundle import Bundle
-from ..runtime.engines import GPU_TARGET, EngineRecord, engine_records
+from ..runtime.engines import GPU_TARGET, EngineRecord, engine_records, read_engine
 from ..runtime.errors import DcformerError, EngineRefused, InputError
 from ..runtime.gpu import current_gpu
 from ..runtime.manifest import ANY_TARGET, Graph, Preprocessing
@@ -95,7 +95,7 @@ class Row:
         """For JSON, which knows no NaN: such figures are None."""
         figures = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                    for name, value in asdict(self).items()}
-        return {**figures, "passed": self.passed if self.not_run is None else None}
+        return {**figures, "passed": self.passed if self.not_run is None or self.failures else None}
 
 
 class _Reference:
@@ -244,6 +244,10 @@ def _check_engine(bundle: Bundle, record: EngineRecord, reference: _Reference, o
     graph = next((graph for graph in bundle.manifest.graphs if graph.file == record.onnx), None)
     if graph is None:
         return dataclasses.replace(row, not_run=f"built from {record.onnx}, which is no longer in the bundle")
+    try:
+        read_engine(bundle, record)  # whether or not there is a GPU to run it
+    except EngineRefused as error:
+        return dataclasses.replace(row, not_run=str(error), failures=("damaged or missing",))
     try:
         with contextlib.closing(TensorRtBackend(bundle, record.role, wanted, record=record)) as backend:
             batch = backend.largest_batch

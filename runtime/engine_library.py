@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .engines import LIBRARIES
-from .errors import DcformerError, InferenceError, InputError, MissingDependency, one_line
+from .errors import DcformerError, InferenceError, InputError, MissingDependency, install, one_line
 
 AUTO = "auto"
-#: NVIDIA's own packages.
-_INSTALL = {"tensorrt": "pip install tensorrt-cu12 (or -cu13, as your driver's CUDA version)",
-            "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _OLDEST = 10
 
 
@@ -48,7 +46,7 @@ def load_library(name: str) -> Library:
         try:
             module = importlib.import_module(candidate)
         except ImportError as error:
-            reasons.append(f"{candidate} is not installed (or broken: {error}); {_INSTALL[candidate]}")
+            reasons.append(f"{candidate} is not installed (or broken: {error}); {install(_EXTRAS[candidate])}")
             continue
         version = str(module.__version__)
         if candidate == "tensorrt" and int(version.split(".")[0]) < _OLDEST:

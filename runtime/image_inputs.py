@@ -14,7 +14,7 @@ from .backends.base import EngineBackend
 from .backends.borrow import borrow
 from .backends.sampler import takes
 from .engines import LIBRARIES
-from .errors import InputError
+from .errors import InputError, one_line
 from .manifest import Graph, Preprocessing
 from .volume import Volume, image_feeds, scan_feeds
 
@@ -39,7 +39,10 @@ class ImageInputs:
         inputs = self._graph().inputs
         if (lying := borrow(volumes)) is not None:
             return self._engine().thin(lying, self._spec, inputs)
-        volumes = np.asarray(volumes)
+        try:
+            volumes = np.asarray(volumes)
+        except (RuntimeError, TypeError, ValueError) as error:  # PyTorch's of types and gradients, numpy's of odd lists
+            raise InputError(f"volumes: no array ({one_line(str(error))}); pass one of numpy, float32") from error
         require_preprocessed(volumes, self._spec)
         return image_feeds(inputs, volumes)
 

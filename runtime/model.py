@@ -186,8 +186,8 @@ class Model:
 
     def embed_images(self, scans: Iterable[Scan], **read_options: Any) -> NDArray[np.float32]:
         """Image embeddings ``[n, 512]``, the next scan read while one is computed. Raises like ``embed_image``."""
-        if isinstance(scans, str | Path | SliceFiles):
-            raise InputError("scans: one scan; expected a list of scans, or use embed_image")
+        if isinstance(scans, str | Path | SliceFiles) or not isinstance(scans, Iterable):
+            raise InputError(f"scans: {type(scans).__name__}; expected a list of scans, or use embed_image for one")
         embeddings = [self._embed(prepared().feeds)
                       for _, prepared in ahead(scans, lambda scan: self.prepare(scan, **read_options))]
         if not embeddings:

@@ -196,9 +196,11 @@ def require_known(library: Library, options: BuildOptions, has_gpu: bool) -> Non
             raise DeviceUnavailable("--engine-library tensorrt: builds on the GPU that the engine is for, and here is "
                                     "none; tensorrt_rtx builds without")
         return
-    if options.version_compatible or options.hardware != HARDWARE[0] or options.tiling is not None:
-        raise InputError("--version-compatible, --hardware, --tiling: tensorrt_rtx engines have none of them; --gpu "
-                         "names their GPUs")
+    given = {"--version-compatible": options.version_compatible, "--hardware": options.hardware != HARDWARE[0],
+             "--tiling": options.tiling is not None}
+    if any(given.values()):
+        raise InputError(f"{', '.join(name for name, is_given in given.items() if is_given)}: not for tensorrt_rtx "
+                         "engines; --gpu names their GPUs")
     if options.strip_weights and not has_gpu:
         raise DeviceUnavailable("--strip-weights: needs a GPU while the engine is built, and here is none")
     known = _capabilities(library.module)

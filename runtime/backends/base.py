@@ -52,7 +52,8 @@ class Options:
             raise InputError(f"backend: {self.backend!r}; expected one of {', '.join((*BACKENDS, AUTO))}")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
-        if self.preprocess not in PREPROCESS or (self.preprocess != "cpu" and self.backend not in LIBRARIES):
+        if self.preprocess not in PREPROCESS or (self.preprocess != "cpu"
+                                                and self.backend not in (*LIBRARIES, AUTO)):
             raise InputError(f"preprocess: {self.preprocess!r}; expected cpu, or with the back ends "
                              f"{', '.join(LIBRARIES)} also gpu or auto")
         if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):

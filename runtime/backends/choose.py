@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..bundle import Bundle
 from ..engines import LIBRARIES
-from ..errors import DcformerError, InputError
+from ..errors import DcformerError, DeviceUnavailable
 from ..gpu import current_gpu
 from ..manifest import Manifest
 from .base import CPU_BACKENDS, Backend, Options
@@ -24,14 +24,16 @@ def choose_backend(bundle: Bundle, options: Options) -> tuple[Options, str, Back
     int8 OpenVINO; ONNX Runtime. ONNX Runtime's TensorRT providers, which first build for minutes, are left for asking.
 
     Raises:
-        InputError: device "cuda", and nothing that works there.
+        DeviceUnavailable: device "cuda", and nothing that works there.
     """
     reasons = []
     for found, why, tried in _candidates(bundle, options):
         reasons.append(why)
-        if found is not None:
+        if found is not None and options.preprocess == "gpu" and found.preprocess != "gpu":
+            reasons.append(f"{found.backend} preprocesses on the CPU alone, and the GPU was asked for")
+        elif found is not None:
             return found, "; ".join(reasons), tried
-    raise InputError(f"backend auto on device cuda: {'; '.join(reasons)}")
+    raise DeviceUnavailable(f"backend auto on device {options.device}: {'; '.join(reasons)}")
 
 
 def _candidates(bundle: Bundle, options: Options) -> Iterator[tuple[Options | None, str, Backend | None]]:
@@ -49,7 +51,7 @@ def _candidates(bundle: Bundle, options: Options) -> Iterator[tuple[Options | No
                 yield None, f"{library}: {error}", None
                 continue
             yield chosen, f"{library}, as {engine.record.engine} of the bundle runs on this {gpu.name}", engine
-        chosen = dataclasses.replace(options, backend="onnxruntime", device="cuda")
+        chosen = dataclasses.replace(options, backend="onnxruntime", device="cuda", preprocess="cpu")
         graph = bundle.manifest.graph("image", chosen.graph_precision, chosen.target)
         if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
             yield None, "this onnxruntime has no CUDA", None
@@ -68,7 +70,8 @@ def _candidates(bundle: Bundle, options: Options) -> Iterator[tuple[Options | No
 
 
 def _on_the_cpu(bundle: Bundle, options: Options) -> Iterator[tuple[Options | None, str]]:
-    onnxruntime, openvino = (dataclasses.replace(options, backend=name, device="cpu") for name in CPU_BACKENDS)
+    onnxruntime, openvino = (dataclasses.replace(options, backend=name, device="cpu", preprocess="cpu")
+                             for name in CPU_BACKENDS)
     measured = _measured_ms(bundle.manifest)
     if importlib.util.find_spec("openvino") is None:
         yield None, "openvino is not installed"

@@ -69,7 +69,7 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
     missed = [row for row in rows if row.not_run is not None and row.file.endswith(ENGINE_SUFFIX)]
     if require_engines and missed:
         raise DeviceUnavailable(f"{len(missed)} engines could not run here, the first: {missed[0].not_run}")
-    failed = [row.file for row in rows if row.not_run is None and not row.passed]
+    failed = [row.file for row in rows if row.failures]
     if failed:
         click.echo(f"error: check failed: {', '.join(failed)}", err=True)
     return 1 if failed else 0

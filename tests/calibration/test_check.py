@@ -90,6 +90,14 @@ def test_engines(calibrated: Path, tmp_path: Path, capsys, monkeypatch: pytest.M
         assert main(["check", str(bundle), "--require-engines"]) == 3
         assert "4 engines could not run here, the first: " in capsys.readouterr().err
         assert all(name in not_run for name in ("image.fp16.tensorrt.sm90.engine", "text.fp16.tensorrt_rtx.portable"))
+    name = "image.fp16.tensorrt.sm90.engine"
+    plan = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(plan[:-1] + bytes([plan[-1] ^ 1]))  # damaged: told with a GPU and without
+    assert main(["check", str(bundle)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == f"error: check failed: {name}"
+    assert "not the bytes that were built" in captured.out
+    (bundle / name).write_bytes(plan)
     fake = install(bundle, monkeypatch)
     assert main(["check", str(bundle), "--json"]) == 0
     rows = {row["file"]: row for row in json.loads(capsys.readouterr().out)}

@@ -12,6 +12,7 @@ from dcformer_deploy.runtime.backends import Options, choose
 from dcformer_deploy.runtime.backends.choose import choose_backend
 from dcformer_deploy.runtime.bundle import Bundle, open_bundle
 from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.errors import DeviceUnavailable
 from dcformer_deploy.runtime.provenance import GraphCost, Rewrite, Timing
 
 
@@ -48,7 +49,7 @@ def test_on_a_cpu(pristine_bundle: Path, monkeypatch: pytest.MonkeyPatch):
     options, why, _ = choose_backend(bundle, dataclasses.replace(auto, precision="int8"))
     assert options.backend == "onnxruntime"
     assert "openvino is not installed" in why
-    with pytest.raises(InputError, match="backend auto on device cuda: no GPU: there is none"):
+    with pytest.raises(DeviceUnavailable, match="backend auto on device cuda: no GPU: there is none"):
         choose_backend(bundle, Options("cuda", backend="auto"))
 
 
@@ -67,6 +68,12 @@ def test_on_a_gpu(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert why.startswith("tensorrt: ")
     assert "built by tensorrt 10.13.2, here is 10.12.0" in why
     assert choose_backend(opened, Options(backend="auto", precision="int8"))[0].backend == "openvino"
+    for where in ("auto", "cpu"):  # where no engine runs, scans become inputs on the CPU
+        found = choose_backend(opened, Options(backend="auto", precision="int8", preprocess=where))[0]
+        assert (found.backend, found.preprocess) == ("openvino", "cpu")
+    with pytest.raises(DeviceUnavailable, match="openvino preprocesses on the CPU alone, and the GPU was asked for"):
+        choose_backend(opened, Options(backend="auto", precision="int8", preprocess="gpu"))
+    assert choose_backend(opened, Options(backend="auto", precision="fp16", preprocess="gpu"))[0].preprocess == "gpu"
     with monkeypatch.context() as patch:
         patch.setattr(choose, "import_onnxruntime", lambda: SimpleNamespace(
             get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]))

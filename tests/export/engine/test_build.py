@@ -204,7 +204,7 @@ def test_refusals(calibrated: Path, pristine_bundle: Path, capsys):
            "9.0")
     refuse(capsys, 2, "--gpu 8.9: tensorrt_rtx builds for 7.5, 8.0", "build", calibrated, "--gpu", "8.9,8.9")
     for options in (["--version-compatible"], ["--tiling", "fast"]):
-        refuse(capsys, 2, "--tiling: tensorrt_rtx engines have none of them", "build", calibrated, *options)
+        refuse(capsys, 2, "not for tensorrt_rtx engines; --gpu names their GPUs", "build", calibrated, *options)
     refuse(capsys, 2, "--hardware 'all': expected one of none, ampere-plus", "build", calibrated, "--hardware", "all")
     refuse(capsys, 2, "--batch 9: more than --max-batch 8", "build", calibrated, "--batch", "9")
     refuse(capsys, 2, "elements; TensorRT holds 2,147,483,647; the largest batch that fits is ", "build", calibrated,
@@ -226,5 +226,5 @@ def test_which_library(monkeypatch: pytest.MonkeyPatch, calibrated: Path, capsys
     with pytest.raises(InputError, match="tensorrt 8.6.1: too old for strongly typed networks; 10.0 or newer"):
         load_library("auto")
     find({})
-    with pytest.raises(MissingDependency, match="tensorrt is not installed .*; tensorrt_rtx is not installed .*; pip"):
+    with pytest.raises(MissingDependency, match=r"tensorrt is not installed .*\.\[tensorrt\].*; tensorrt_rtx is not installed .*: pip"):
         load_library("auto")
