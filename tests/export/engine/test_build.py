@@ -226,5 +226,6 @@ def test_which_library(monkeypatch: pytest.MonkeyPatch, calibrated: Path, capsys
     with pytest.raises(InputError, match="tensorrt 8.6.1: too old for strongly typed networks; 10.0 or newer"):
         load_library("auto")
     find({})
-    with pytest.raises(MissingDependency, match=r"tensorrt is not installed .*\.\[tensorrt\].*; tensorrt_rtx is not installed .*: pip"):
+    both = r"tensorrt is not installed .*\.\[tensorrt\].*; tensorrt_rtx is not installed .*: pip"
+    with pytest.raises(MissingDependency, match=both):
         load_library("auto")
