@@ -11,7 +11,7 @@ _HOST = """
 #define __device__
 #define __global__
 struct Index { unsigned x; };
-static Index blockIdx, blockDim, threadIdx;
+static thread_local Index blockIdx, blockDim, threadIdx;
 #include "sample.cu"
 template <class Argument> static void run(void (*kernel)(Argument), void *argument, unsigned blocks, unsigned threads) {
     blockDim.x = threads;
