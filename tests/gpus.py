@@ -1,6 +1,5 @@
 """A GPU for tests: a real one, or the faked driver, on which the same tests run everywhere."""
 
-import ctypes
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -114,8 +113,3 @@ def aligned(array: np.ndarray) -> np.ndarray:
     found = block[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     found[...] = array
     return found
-
-
-def pinned(memory: Any, name: str, count: int) -> np.ndarray:
-    """Bytes of a tensor in pinned host memory, for writing and reading."""
-    return np.frombuffer((ctypes.c_uint8 * count).from_address(memory.staging(name)), np.uint8)

@@ -55,7 +55,7 @@ class Options:
         if self.preprocess not in PREPROCESS or (self.preprocess != "cpu"
                                                 and self.backend not in (*LIBRARIES, AUTO)):
             raise InputError(f"preprocess: {self.preprocess!r}; expected cpu, or with the back ends "
-                             f"{', '.join(LIBRARIES)} also gpu or auto")
+                             f"{', '.join((*LIBRARIES, AUTO))} also gpu or auto")
         if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):
             raise InputError(f"threads: {self.threads!r}; expected 1 to {MOST_THREADS}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpus import KINDS, FakedGpu, RealGpu, pinned
+from gpus import KINDS, FakedGpu, RealGpu
 
 from dcformer_deploy.benchmarks.gpu.clock import Clock
 from dcformer_deploy.benchmarks.gpu.floors import _Copy
@@ -48,16 +48,20 @@ def device(gpu: Gpu) -> Device:
 # ------------------------------------------------------------------ memory, streams, graphs
 
 
+def _pinned(memory: Memory, name: str, count: int) -> np.ndarray:
+    return memory.view(name, (count,), np.dtype(np.uint8))
+
+
 def test_bytes_come_back(device: Device):
     rng, count = np.random.default_rng(0), 3_000_001
     memory, stream = Memory(device, plan_buffers({"a": count, "b": count})), Stream(device)
     sent = rng.integers(0, 256, count, np.uint8)
-    pinned(memory, "a", count)[:] = sent
+    _pinned(memory, "a", count)[:] = sent
     stream.upload(memory.address("a"), memory.staging("a"), count)
     stream.copy(memory.address("b"), memory.address("a"), count)
     stream.download(memory.staging("b"), memory.address("b"), count)
     stream.wait()
-    np.testing.assert_array_equal(pinned(memory, "b", count), sent)
+    np.testing.assert_array_equal(_pinned(memory, "b", count), sent)
     stream.close()
     memory.close()
 
@@ -69,13 +73,13 @@ def test_what_is_recorded_is_done_when_it_is_replayed(device: Device):
     def bring() -> np.ndarray:
         stream.download(memory.staging("b"), memory.address("b"), count)
         stream.wait()
-        return pinned(memory, "b", count).copy()
+        return _pinned(memory, "b", count).copy()
 
-    pinned(memory, "b", count)[:] = 0
+    _pinned(memory, "b", count)[:] = 0
     stream.upload(memory.address("b"), memory.staging("b"), count)
     graph = stream.capture(lambda: stream.copy(memory.address("b"), memory.address("a"), count))
     for value in (1, 2, 3):
-        pinned(memory, "a", count)[:] = value
+        _pinned(memory, "a", count)[:] = value
         stream.upload(memory.address("a"), memory.staging("a"), count)
         assert (bring() == value - 1).all()  # not yet
         stream.replay(graph)
