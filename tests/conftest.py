@@ -1,5 +1,8 @@
 """Fixtures that several tests share; the expensive ones are made once per session."""
 
+import cores  # first: the others start threads
+
+# isort: split
 import fcntl
 import os
 import shutil
@@ -22,6 +25,23 @@ from scans import write
 Once = Callable[[str, Callable[[Path], Any]], Path]
 #: Largest relative error against the golden numbers. 1e-6 is measured, 1e-4 is promised to users.
 GOLDEN_TOLERANCE = 1e-5
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file of few tests first: at the end one worker would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_fuzz.py")
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """For what a test starts: those of the machine, not only this worker's."""
+    if not cores.ALL:
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores.ALL)
+    yield
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,6 +35,7 @@ def test_plan_as_a_table():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_cores")
 def test_everyone_embeds_all(pristine_bundle: Path, scans: Path, tmp_path: Path):
     items = find_items([scans], None, {})
     with progress() as display:

@@ -19,6 +19,9 @@ from dcformer_deploy.runtime.store import Store as RealStore
 pytest.importorskip("ray")
 from dcformer_deploy.runtime import cluster as module
 
+#: Ray counts them.
+pytestmark = pytest.mark.usefixtures("all_cores")
+
 
 def _workers() -> list[int]:
     """Processes of this session's Ray that hold a model, by their names."""
