@@ -125,7 +125,8 @@ class _Worker:
         if limit is not None and limit < settings.batch and self._workers.exact_batch:
             raise InputError(f"--batch {settings.batch}: the engine was built for at most {limit}; build with a larger "
                              "--max-batch")
-        return settings if limit is None else replace(settings, batch=min(limit, settings.batch))
+        return replace(settings, inferences=self._model.inferences,
+                       batch=settings.batch if limit is None else min(limit, settings.batch))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         items: list[Item] = [pickle.loads(item) for item in batch["item"]]

@@ -83,7 +83,8 @@ class EmbeddingJob:
             BundleError, InferenceError: of the model; what was finished before is in the store.
         """
         pipeline = Pipeline(model, settings, self.is_known)
-        return self.collect(pipeline.run, items, settings.readers, settings.readers if settings.together else 1)
+        return self.collect(pipeline.run, items, settings.readers,
+                            settings.readers if settings.together else settings.inferences)
 
     def collect(self, outcomes: Callable[[Iterator[Item]], Iterable[Outcome]], items: Iterable[Item], readers: int,
                 models: int) -> Report:

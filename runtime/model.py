@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from .ahead import ahead
 from .arguments import ARRAY, class_names, require_finite, require_tokens, scan_name
-from .backends import Backend, Options, open_graph
+from .backends import Backend, Options, open_tower
 from .backends.base import AUTO, EngineBackend
 from .backends.borrow import OnGpu, borrow, stack
 from .backends.choose import choose_backend
 from .bundle import Bundle, open_bundle
-from .engines import LIBRARIES
 from .errors import BundleError, InputError
 from .image_inputs import ImageInputs
 from .manifest import Graph, Manifest, ZeroShotTask
@@ -159,6 +158,12 @@ class Model:
         backend = self._graph("image")
         return backend.largest_batch if isinstance(backend, EngineBackend) else None
 
+    @property
+    def inferences(self) -> int:
+        """How many at the same time are worth it: on engines two, the inputs of one brought while another runs."""
+        backend = self._graph("image")
+        return backend.slots if isinstance(backend, EngineBackend) else 1
+
     def embed_batch(self, scans: Sequence[Prepared]) -> NDArray[np.float32]:
         """Image embeddings ``[n, 512]`` of prepared scans, in one inference unless some lie on the GPU and some do not.
 
@@ -188,6 +193,9 @@ class Model:
         """Image embeddings ``[n, 512]``, the next scan read while one is computed. Raises like ``embed_image``."""
         if isinstance(scans, str | Path | SliceFiles) or not isinstance(scans, Iterable):
             raise InputError(f"scans: {type(scans).__name__}; expected a list of scans, or use embed_image for one")
+        if len(shape := getattr(scans, "shape", (0,) * 4)) != 4:
+            raise InputError(f"scans: an array {list(shape)}; expected a list of scans, or [n, D, H, W]; embed_image "
+                             "takes one")
         embeddings = [self._embed(prepared().feeds)
                       for _, prepared in ahead(scans, lambda scan: self.prepare(scan, **read_options))]
         if not embeddings:
@@ -352,15 +360,7 @@ class Model:
     def _graph(self, role: str) -> Backend:
         with self._lock:
             if role not in self._graphs:
-                graph = self._info(role)
-                if self._options.backend in LIBRARIES:
-                    from .backends.tensorrt import TensorRtBackend
-
-                    self._graphs[role] = TensorRtBackend(self._bundle, role, self._options)
-                    return self._graphs[role]
-                if graph.weights is not None:
-                    self._bundle.path(graph.weights)  # raises if it is no longer the file that was checked
-                self._graphs[role] = open_graph(self._bundle.path(graph.file), self._options)
+                self._graphs[role] = open_tower(self._bundle, self._info(role), self._options)
             return self._graphs[role]
 
     @cached_property

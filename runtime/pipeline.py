@@ -1,8 +1,9 @@
 """Many scans through one model: reading and inference at the same time, in memory that does not grow.
 
 Readers are threads (decompression and sampling leave Python's lock), each at one scan; at most ``waiting`` scans are
-read and not yet computed. Inference takes what is ready, up to a batch. On CPUs, where reading and inference want the
-same cores, each reader computes what it has read instead: nobody waits for anybody, and no core has two to serve.
+read and not yet computed. Inference takes what is ready, up to a batch, and on a GPU two batches at a time. On CPUs,
+where reading and inference want the same cores, each reader computes what it has read instead: nobody waits for
+anybody, and no core has two to serve.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ class Settings:
     """How much at once.
 
     ``readers``: scans that are read. ``threads``: that each of these is preprocessed with. ``batch``: largest of an
-    inference. ``waiting``: scans that may wait for it. ``together``: readers compute what they read, and the last two
-    do not apply.
+    inference. ``waiting``: scans that may wait for it, or be in it. ``inferences``: at the same time, so that inputs of
+    one go to the GPU while another computes. ``together``: readers compute what they read, and the last three do not
+    apply.
     """
 
     readers: int = 1
     threads: int = 1
     batch: int = 1
     waiting: int = 4
+    inferences: int = 1
     together: bool = False
 
 
@@ -66,11 +69,12 @@ class _Read:
     prepared: Prepared | None = None
 
 
-_Queue = queue.SimpleQueue[_Read | BaseException]
+#: From readers, and of whole batches.
+_Queue = queue.SimpleQueue[_Read | list[Outcome] | BaseException]
 
 
-def _taken(arrived: _Queue) -> _Read:
-    """The next result; raises what a reader raised."""
+def _taken(arrived: _Queue) -> _Read | list[Outcome]:
+    """The next result; raises what was raised in its place."""
     found = arrived.get()
     if isinstance(found, BaseException):
         raise found
@@ -109,44 +113,55 @@ class Pipeline:
                 in_flight += 1
             if not in_flight:
                 return
-            yield _taken(arrived).outcome
+            found = _taken(arrived)
+            yield from [found.outcome] if isinstance(found, _Read) else found
             in_flight -= 1
 
     def _hand_on(self, arrived: _Queue, item: Item, compute: bool) -> None:
         """What a reader does."""
         try:
             found = self._read(item)
-            if compute and found.prepared is not None:
-                (outcome,) = self._compute([found])
-                found = _Read(outcome)
-            arrived.put(found)
+            arrived.put(list(self._compute([found])) if compute and found.prepared is not None else found)
         except BaseException as error:  # handed to the thread that waits
+            arrived.put(error)
+
+    def _hand_on_batch(self, arrived: _Queue, reads: list[_Read]) -> None:
+        try:
+            arrived.put(list(self._compute(reads)))
+        except BaseException as error:  # as above
             arrived.put(error)
 
     def _apart(self, pool: ThreadPoolExecutor, todo: Iterator[Item], arrived: _Queue) -> Iterator[Outcome]:
         """Keep readers at work and compute what arrives."""
-        in_flight, ready, exhausted = 0, list[_Read](), False
-        most = self._settings.readers + self._settings.waiting
-        while True:
-            while not exhausted and in_flight + len(ready) < most:
-                item = next(todo, None)
-                exhausted = item is None
-                if item is not None:
-                    pool.submit(self._hand_on, arrived, item, compute=False)
-                    in_flight += 1
-            if not in_flight and not ready:
-                return
-            # Wait only if nothing is ready: a batch that is not full is better than a model that has nothing to do.
-            if in_flight and (not ready or (len(ready) < self._settings.batch and not arrived.empty())):
+        given = self._settings
+        ready, reading, computing, batches, exhausted = list[_Read](), 0, 0, 0, False
+        with ThreadPoolExecutor(given.inferences, thread_name_prefix="inference") as computers:
+            while True:
+                while not exhausted and reading + len(ready) + computing < given.readers + given.waiting:
+                    item = next(todo, None)
+                    exhausted = item is None
+                    if item is not None:
+                        pool.submit(self._hand_on, arrived, item, compute=False)
+                        reading += 1
+                if not reading and not ready and not computing:
+                    return
+                # A batch that is not full is better than a model that has nothing to do.
+                is_full = len(ready) >= given.batch or (exhausted and not reading)
+                if ready and batches < given.inferences and (is_full or (not batches and arrived.empty())):
+                    batch, ready = ready[: given.batch], ready[given.batch:]
+                    computers.submit(self._hand_on_batch, arrived, batch)
+                    batches, computing = batches + 1, computing + len(batch)
+                    continue
                 found = _taken(arrived)
-                in_flight -= 1
+                if not isinstance(found, _Read):
+                    batches, computing = batches - 1, computing - len(found)
+                    yield from found
+                    continue
+                reading -= 1
                 if found.prepared is not None:
                     ready.append(found)
                 else:
                     yield found.outcome
-                continue
-            yield from self._compute(ready[: self._settings.batch])
-            del ready[: self._settings.batch]
 
     def _read(self, item: Item) -> _Read:
         facts = file_facts(item.path)

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..bundle import Bundle
+from ..engines import LIBRARIES
+from ..manifest import Graph
 from .base import Backend, Options
+
+
+def open_tower(bundle: Bundle, graph: Graph, options: Options) -> Backend:
+    """Load one of a bundle's graphs, or the engine that was built from it.
+
+    Raises:
+        EngineRefused: no engine that fits, or a damaged one.
+        DcformerError: as ``open_graph``.
+    """
+    if options.backend in LIBRARIES:
+        from .tensorrt import TensorRtBackend
+
+        return TensorRtBackend(bundle, graph.role, options)
+    if graph.weights is not None:
+        bundle.path(graph.weights)  # raises if it is no longer the file that was checked
+    return open_graph(bundle.path(graph.file), options)
 
 
 def open_graph(path: Path, options: Options) -> Backend:
@@ -24,4 +43,4 @@ def open_graph(path: Path, options: Options) -> Backend:
     return OnnxRuntimeBackend(path, options)
 
 
-__all__ = ["Backend", "Options", "open_graph"]
+__all__ = ["Backend", "Options", "open_graph", "open_tower"]

@@ -50,6 +50,9 @@ class Options:
             raise InputError(f"device: {self.device!r}; expected one of {', '.join(DEVICES)}")
         if self.backend not in (*BACKENDS, AUTO):
             raise InputError(f"backend: {self.backend!r}; expected one of {', '.join((*BACKENDS, AUTO))}")
+        if self.backend != AUTO and self.device not in _devices_of(self.backend):
+            advice = "a GPU; pass --device cuda" if self.device == "cpu" else "the CPU; drop --device cuda"
+            raise InputError(f"device {self.device!r}: the {self.backend} back end runs on {advice}")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
         if self.preprocess not in PREPROCESS or (self.preprocess != "cpu"
@@ -78,6 +81,12 @@ class Options:
         return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def _devices_of(backend: str) -> tuple[str, ...]:
+    if backend == "onnxruntime":
+        return DEVICES
+    return ("cpu",) if backend in CPU_BACKENDS else ("cuda",)
+
+
 class Backend(Protocol):
     """A loaded graph. ``run`` may be called from several threads at once."""
 
@@ -92,10 +101,16 @@ class Backend(Protocol):
 
 @runtime_checkable
 class EngineBackend(Backend, Protocol):
-    """One that can also make its inputs on the GPU. ``largest_batch``: of an inference."""
+    """One that can also make its inputs on the GPU.
+
+    ``largest_batch``: of an inference. ``slots``: inferences that may run at the same time.
+    """
 
     @property
     def largest_batch(self) -> int: ...  # noqa: D102
+
+    @property
+    def slots(self) -> int: ...  # noqa: D102
 
     def preprocess(self, volume: Volume, spec: Preprocessing, inputs: Sequence[TensorInfo]) -> dict[str, Any]:
         """Arrays on the device, by input name, for ``run``."""

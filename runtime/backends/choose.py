@@ -11,8 +11,9 @@ from ..engines import LIBRARIES
 from ..errors import DcformerError, DeviceUnavailable
 from ..gpu import current_gpu
 from ..manifest import Manifest
+from . import open_tower
 from .base import CPU_BACKENDS, Backend, Options
-from .onnxruntime import OnnxRuntimeBackend, import_onnxruntime
+from .onnxruntime import import_onnxruntime
 from .tensorrt import TensorRtBackend
 
 
@@ -57,9 +58,7 @@ def _candidates(bundle: Bundle, options: Options) -> Iterator[tuple[Options | No
             yield None, "this onnxruntime has no CUDA", None
         elif graph is not None:
             try:
-                if graph.weights is not None:
-                    bundle.path(graph.weights)
-                opened = OnnxRuntimeBackend(bundle.path(graph.file), chosen)
+                opened = open_tower(bundle, graph, chosen)
             except DcformerError as error:
                 yield None, f"onnxruntime: {error}", None
             else:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..bundle import Bundle
 from ..engine_library import Log, explained, load_library, uncollected
 from ..engines import EngineRecord, find_engine, require_fitting
-from ..errors import DcformerWarning, DeviceLost, DeviceUnavailable, InferenceError, InputError
+from ..errors import DcformerWarning, DeviceLost, InferenceError, InputError
 from ..gpu import current_gpu
 from ..manifest import Preprocessing, TensorInfo
 from ..volume.types import Volume
@@ -66,9 +66,6 @@ class TensorRtBackend:
 
     def __init__(self, bundle: Bundle, role: str, options: Options, slots: int = SLOTS,
                  record: EngineRecord | None = None) -> None:
-        if options.device != "cuda":
-            raise DeviceUnavailable(f"device {options.device!r}: the {options.backend} back end runs on a GPU; pass "
-                                    "--device cuda")
         gpu = self._gpu = current_gpu()
         library = load_library(options.backend)
         self.record = record or find_engine(bundle, role, options.precision, options.backend, gpu)
@@ -80,6 +77,7 @@ class TensorRtBackend:
             self._engine, self._log = deserialize(library, bundle, self.record)
             self._compiled = Compiled(library, self._engine, self.record, gpu) if self._is_rtx else None
         self._shapes = _Shapes(self.record)
+        self.slots = slots
         self._free = threading.BoundedSemaphore(slots)
         self._idle: list[_Slot] = []
         self._lock = threading.Lock()

@@ -10,6 +10,8 @@ import click
 import numpy as np
 
 from ..backends.base import AUTO, Options
+from ..backends.tensorrt import SLOTS
+from ..engines import LIBRARIES
 from ..errors import InputError
 from ..files import atomic_file
 from ..inputs import Item, find_items, require_there
@@ -111,7 +113,7 @@ def command(
             with Store(out, identity, bundle) as store, progress(len(items)) as display:
                 report = EmbeddingJob(store, retry, told(display)).collect(
                     lambda todo: cluster.run(todo, spec, plan, store.index.contents()), items,
-                    plan.settings.readers * plan.count, plan.count)
+                    plan.settings.readers * plan.count, plan.count * (SLOTS if backend in LIBRARIES else 1))
     _print(report, out, as_json)
     return 2 if report.failed or report.failed_before else 0
 
@@ -149,7 +151,7 @@ def _settings(model: Model, device: str, cores: int, readers: int, batch: int | 
     if batch is not None and limit is not None and batch > limit:
         raise InputError(f"--batch {batch}: the engine was built for at most {limit}; build with a larger --max-batch")
     most = batch or min(_USUAL_BATCH, limit or _USUAL_BATCH)
-    return Settings(readers, threads, most, 2 * most)
+    return Settings(readers, threads, most, 2 * most, model.inferences)
 
 
 def _usual_readers(device: str, cores: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 from fake_gpu import Status, install, with_engines
 
 from dcformer_deploy.runtime import InputError, load
-from dcformer_deploy.runtime.backends import Options, choose
+from dcformer_deploy.runtime.backends import Options, choose, onnxruntime
 from dcformer_deploy.runtime.backends.choose import choose_backend
 from dcformer_deploy.runtime.bundle import Bundle, open_bundle
 from dcformer_deploy.runtime.cli.app import main
@@ -80,7 +80,7 @@ def test_on_a_gpu(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         options, why, _ = choose_backend(opened, Options(backend="auto", precision="int8"))
         assert options.backend == "openvino"  # what the real onnxruntime answers: it has no CUDA
         assert "; onnxruntime: " in why
-        patch.setattr(choose, "OnnxRuntimeBackend", lambda path, options: (path, options))
+        patch.setattr(onnxruntime, "OnnxRuntimeBackend", lambda path, options: (path, options))
         options, why, tried = choose_backend(opened, Options(backend="auto", precision="int8"))
         assert (options.backend, options.device) == ("onnxruntime", "cuda")
         assert why.endswith("onnxruntime on this NVIDIA H100")

@@ -224,6 +224,33 @@ def test_scans_in_memory_do_not_grow_with_their_number(pristine_bundle: Path, tm
     assert len(read_store(tmp_path / "s")) == count
 
 
+@pytest.mark.parametrize("inferences", [1, 2])
+def test_inferences_at_the_same_time(pristine_bundle: Path, tmp_path: Path, inferences: int):
+    """Two, where there are two: the first one waits here for the second."""
+    model, running, most, both = _Slow(pristine_bundle), [0], [0], threading.Event()
+    compute = model.embed_batch
+
+    def embed_batch(scans: list[Prepared]) -> np.ndarray:
+        with model.lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        if running[0] == 2:
+            both.set()
+        if inferences == 2:
+            assert both.wait(20)
+        with model.lock:
+            running[0] -= 1
+        return compute(scans)
+
+    model.embed_batch = embed_batch  # type: ignore[method-assign]
+    with Store(tmp_path / "s", _identity(model)) as store:
+        settings = Settings(readers=3, batch=2, waiting=4, inferences=inferences)
+        report = EmbeddingJob(store).run(model, settings, _items(tmp_path / "f", 25))
+    assert (most[0], report.embedded, len(read_store(tmp_path / "s"))) == (inferences, 25, 25)
+    assert model.most <= 3 + 4
+    assert all(stage.busy <= 1 for stage in report.stages)
+
+
 def _copies(scan: Path, folder: Path, count: int) -> Path:
     """The same scan under as many names, each with another content: an empty gzip member behind the first."""
     folder.mkdir()
