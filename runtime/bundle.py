@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import BundleError, DcformerWarning, InputError
 from .files import require_writable_file, require_writable_folder, sha256_file
-from .manifest import MANIFEST_NAME, FileRecord, Manifest
+from .manifest import MANIFEST_NAME, PRECISIONS, FileRecord, Manifest
 
 _LARGEST_MANIFEST_BYTES = 16 << 20
 ENGINE_SUFFIX = ".engine"
@@ -95,7 +95,10 @@ def check_file(folder: Path, record: FileRecord, verify: bool = True) -> None:
         BundleError: missing, another size or content, or a link that leaves the bundle.
     """
     path = folder / record.path
-    again = "build" if is_engine_file(record.path) else "export"
+    if is_engine_file(record.path):
+        again = "build"
+    else:  # `dcformer calibrate` adds those of other precisions, to a bundle that is intact
+        again = "export and calibrate" if set(record.path.split(".")) & set(PRECISIONS[1:]) else "export"
     if not path.is_file():
         raise BundleError(f"{path}: missing; the bundle is incomplete. Copy it again or {again} it again")
     if not path.resolve().is_relative_to(folder.resolve()):

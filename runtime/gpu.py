@@ -8,6 +8,9 @@ from typing import Any
 from .engines import Gpu
 from .errors import DeviceUnavailable, MissingDependency, install, one_line
 
+#: What cuda-pathfinder raises where there is no libcuda; its text speaks of a library to programmers.
+_NO_LIBRARY = "DynamicLibNotFoundError"
+
 
 def current_gpu(index: int = 0) -> Gpu:
     """Name, compute capability and memory of a GPU.
@@ -31,6 +34,8 @@ def current_gpu(index: int = 0) -> Gpu:
     except DeviceUnavailable:
         raise
     except Exception as error:  # the bindings raise classes of their own that differ between releases
+        if type(error).__name__ == _NO_LIBRARY:
+            raise DeviceUnavailable("no NVIDIA driver is installed; run on a machine with a GPU") from error
         raise DeviceUnavailable(f"no usable NVIDIA driver ({one_line(str(error))}); run on a machine with a GPU"
                                 ) from error
 

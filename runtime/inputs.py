@@ -43,9 +43,12 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
         options: how to read every scan, as in ``Model.preprocess``; on top of what a folder's table of metadata says.
 
     Raises:
-        InputError: nothing there, a list without a column of paths, a folder without scans.
+        InputError: nothing there, a list without a column of paths, a folder without scans, a split without a folder.
     """
     found_paths: list[tuple[ScanPath, Path | None]] = []
+    inputs = list(inputs)
+    if split is not None and not any(_may_be_folder(given) for given in inputs):
+        raise InputError("--split: chooses among the scans of a folder, and no folder was named; drop it")
     for given in inputs:
         found_paths += _expand(given, split)
     metadata = {path: table for path, table in found_paths if table is not None}
@@ -110,6 +113,10 @@ def one_scan(given: Iterable[str | ScanPath]) -> ScanPath:
 
 def _is_pattern(given: str | ScanPath) -> bool:
     return not isinstance(given, SliceFiles) and glob.has_magic(str(given)) and not os.path.exists(given)  # noqa: PTH110
+
+
+def _may_be_folder(given: str | ScanPath) -> bool:
+    return not isinstance(given, SliceFiles) and (named(given).is_dir() or _is_pattern(given))
 
 
 def _matches(pattern: str) -> list[Path]:

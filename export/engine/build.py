@@ -182,6 +182,11 @@ def _capabilities(trt: Any) -> dict[str, Any]:
             if name.startswith("SM")}
 
 
+#: Named by TensorRT-RTX, and of no use: why.
+_NOT_BUILT = {"7.5": "For Turing its builder has no float32 convolutions and products, and every graph has some; "
+                     "tensorrt builds there"}
+
+
 def require_known(library: Library, options: BuildOptions, has_gpu: bool) -> None:
     """Refuse, before any work, what a library does not have or what needs a GPU.
 
@@ -203,11 +208,12 @@ def require_known(library: Library, options: BuildOptions, has_gpu: bool) -> Non
                          "engines; --gpu names their GPUs")
     if options.strip_weights and not has_gpu:
         raise DeviceUnavailable("--strip-weights: needs a GPU while the engine is built, and here is none")
-    known = _capabilities(library.module)
+    known = [name for name in _capabilities(library.module) if name not in _NOT_BUILT]
     for index, gpu in enumerate(options.gpus):
         if gpu not in known or gpu in options.gpus[:index]:
             raise InputError(f"--gpu {gpu}: tensorrt_rtx builds for {', '.join(known)}, each named once; without --gpu "
-                             "portable engines for all from 8.0 on")
+                             "portable engines for all from 8.0 on"
+                             f"{f'. {_NOT_BUILT[gpu]}' if gpu in _NOT_BUILT else ''}")
 
 
 def _profile(builder: Any, network: Any, path: Path, options: BuildOptions) -> tuple[Any, dict[str, Shapes]]:

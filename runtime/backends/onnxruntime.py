@@ -75,10 +75,7 @@ class OnnxRuntimeBackend:
 
     def __init__(self, path: Path, options: Options) -> None:
         library = import_onnxruntime()
-        provider = _PROVIDERS.get((options.backend, options.device))
-        if provider is None:
-            raise DeviceUnavailable(f"device {options.device!r}: the {options.backend} back end runs on a GPU; pass "
-                                    "--device cuda")
+        provider = _PROVIDERS[options.backend, options.device]
         settings = library.SessionOptions()
         settings.log_severity_level = _FATAL_LEVEL
         settings.intra_op_num_threads = options.thread_count

@@ -28,9 +28,6 @@ class OpenVinoBackend:
     """
 
     def __init__(self, path: Path, options: Options) -> None:
-        if options.device != "cpu":
-            raise DeviceUnavailable(f"device {options.device!r}: the openvino back end runs on the CPU; drop one "
-                                    "of the two options")
         self._library = _import_openvino()
         self._settings = cpu_settings(options)
         if (cache := _cache()) is not None:

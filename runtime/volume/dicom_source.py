@@ -13,6 +13,8 @@ _ZIP = ".zip"
 _SLICES = (".dcm", ".ima")
 #: Behind a preamble of 128 bytes (DICOM PS3.10, 7.1).
 _MAGIC, _PREAMBLE = b"DICM", 128
+#: The table of contents of a disc, which is a DICOM file, too (PS3.10, 8.6); slices lie below.
+_CONTENTS = "DICOMDIR"
 #: Files of other kinds, which need not be opened to know.
 _OTHERS = (".nii", ".gz", ".csv", ".json", ".txt", ".png", ".jpg", ".pdf", ".xml", ".html", ".parquet", _ZIP)
 
@@ -49,7 +51,7 @@ def _told(error: OSError) -> None:
 
 
 def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in _OTHERS or not os.path.isfile(path):  # noqa: PTH113 (as above)
+    if path.suffix.lower() in _OTHERS or path.name == _CONTENTS or not os.path.isfile(path):  # noqa: PTH113 (as above)
         return False
     try:
         with path.open("rb") as file:

@@ -8,13 +8,15 @@ columns, wherever below the folder they lie.
 from __future__ import annotations
 
 import csv
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import InputError, suggestion
+from ..errors import DcformerWarning, InputError, suggestion
 from ..files import require_file
 from .dicom_source import find_dicom, is_dicom_source
+from .dicom_split import split_series
 from .prepared import SUFFIX, is_prepared
 
 NAME_COLUMN = "VolumeName"
@@ -70,6 +72,9 @@ def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
 def _dicom(folder: Path, taken: Mapping[str, Path]) -> dict[str, Path]:
     """Folders of slices and zip files, by the name that a table would use; by their path where that is not unique."""
     found = list(find_dicom(folder))
+    for one, other in split_series(path for path in found if path.suffix != ".zip"):
+        warnings.warn(f"{one} and {other} hold slices of one series: each is taken for a scan of its own, which is a "
+                      "part of what was scanned; move them into one folder", DcformerWarning, stacklevel=4)
     names = Counter(path.stem if path.suffix == ".zip" else path.name for path in found)
     volumes = {}
     for path in found:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dcformer_deploy.runtime import BundleError, InputError, Manifest, load
-from dcformer_deploy.runtime.bundle import open_bundle, write_manifest
-from dcformer_deploy.runtime.manifest import DIGEST_FIELD, SCHEMA_VERSION, Preprocessing, _digest
+from dcformer_deploy.runtime.bundle import check_file, open_bundle, write_manifest
+from dcformer_deploy.runtime.manifest import DIGEST_FIELD, SCHEMA_VERSION, FileRecord, Preprocessing, _digest
 
 
 def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
@@ -154,6 +154,14 @@ def test_truncated_and_missing_files(bundle_copy: Path, name: str):
     refuse(bundle_copy, re.escape(name) + ": .* bytes, the manifest says .* truncated or edited")
     path.unlink()
     refuse(bundle_copy, re.escape(name) + ": missing; the bundle is incomplete")
+
+
+def test_what_makes_a_damaged_graph_again(bundle_copy: Path):
+    """Not `calibrate` alone, which wants a bundle that is intact."""
+    (bundle_copy / "image.fp16.onnx").write_bytes(b"")
+    for name, again in (("image.fp16.onnx", "export and calibrate"), ("image.fp32.onnx", "export")):
+        with pytest.raises(BundleError, match=f"Copy it again or {again} it again"):
+            check_file(bundle_copy, FileRecord(name, "0" * 64, 1))
 
 
 def test_link_out_of_the_bundle(bundle_copy: Path):

@@ -1,12 +1,16 @@
 """What a user names, and the scans that are meant."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dicoms import write_series
 
 from dcformer_deploy.runtime import InputError
+from dcformer_deploy.runtime.errors import DcformerWarning
 from dcformer_deploy.runtime.inputs import find_items
 
 
@@ -67,3 +71,24 @@ def test_nothing_there(tree: Path):
         _names(tree / "empty")
     with pytest.raises(InputError, match="holds volumes of train, valid; choose with --split"):
         _names(tree)
+    with pytest.raises(InputError, match="--split: chooses among the scans of a folder, and no folder was named"):
+        _names(next(tree.rglob("valid_2_a_1.nii.gz")), split="valid")
+
+
+def test_a_series_over_two_folders(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    """Each would be embedded as a scan, which is half of one; copies and other series are whole."""
+    voxels = np.zeros((8, 8, 20), np.int16)
+    write_series(tmp_path / "disc" / "a", voxels)
+    (tmp_path / "disc" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    assert _names(tmp_path / "disc") == ["a"]
+    shutil.copytree(tmp_path / "disc" / "a", tmp_path / "disc" / "copy")
+    write_series(tmp_path / "disc" / "b", voxels)
+    assert _names(tmp_path / "disc") == ["a", "b", "copy"]
+    assert not recwarn.list
+    (tmp_path / "disc" / "c").mkdir()
+    for file in sorted((tmp_path / "disc" / "b").iterdir())[:10]:
+        file.rename(tmp_path / "disc" / "c" / file.name)
+    (tmp_path / "disc" / "a" / "0000.dcm").write_bytes(b"damaged")
+    with pytest.warns(DcformerWarning, match="disc/b and .*disc/c hold slices of one series") as warned:
+        assert _names(tmp_path / "disc") == ["a", "b", "c", "copy"]
+    assert len(warned) == 1

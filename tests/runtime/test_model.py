@@ -184,7 +184,8 @@ def test_options_for_files_do_not_fit_arrays(model: Model):
 @pytest.mark.parametrize("call", [
     lambda m: m.embed_text([]), lambda m: m.embed_text([1]), lambda m: m.embed_images([]),
     lambda m: m.embed_images("one.nii.gz"), lambda m: m.embed_images(None),
-    lambda m: m.embed_images(3),
+    lambda m: m.embed_images(3), lambda m: m.embed_images(np.zeros((64, 128, 128), np.float32)),
+    lambda m: m.embed_images(torch.zeros(64, 128, 128)),
     lambda m: m.image_outputs([[1, 2], [3]]), lambda m: m.image_outputs(torch.zeros(1, 64, 128, 128).bfloat16()),
     lambda m: m.image_outputs(torch.zeros(1, 64, 128, 128, requires_grad=True)),
     lambda m: m.embed_tokens(np.zeros(3, int), np.zeros(3, int)),

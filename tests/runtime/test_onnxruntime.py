@@ -10,7 +10,13 @@ import pytest
 
 from dcformer_deploy.runtime.backends import onnxruntime as backend
 from dcformer_deploy.runtime.backends.base import Options
-from dcformer_deploy.runtime.errors import BundleError, DcformerWarning, DeviceUnavailable, MissingDependency
+from dcformer_deploy.runtime.errors import (
+    BundleError,
+    DcformerWarning,
+    DeviceUnavailable,
+    InputError,
+    MissingDependency,
+)
 
 
 def test_both_distributions_at_once_are_announced(monkeypatch: pytest.MonkeyPatch):
@@ -84,8 +90,8 @@ def test_providers_for_gpus(monkeypatch: pytest.MonkeyPatch):
         _open(_Library(()), monkeypatch, "onnxruntime-tensorrt")
     with pytest.raises(DeviceUnavailable, match="did not start; onnxruntime fell back to CPU"):
         _open(_Library(("CUDAExecutionProvider",), starts=False), monkeypatch, "onnxruntime")
-    with pytest.raises(DeviceUnavailable, match="the onnxruntime-tensorrt back end runs on a GPU; pass --device cuda"):
-        backend.OnnxRuntimeBackend(Path("g.onnx"), Options(backend="onnxruntime-tensorrt"))
+    with pytest.raises(InputError, match="the onnxruntime-tensorrt back end runs on a GPU; pass --device cuda"):
+        Options(backend="onnxruntime-tensorrt")
 
 
 def test_the_plugin_of_tensorrt_rtx(monkeypatch: pytest.MonkeyPatch):

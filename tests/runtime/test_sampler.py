@@ -224,7 +224,7 @@ def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch):
         compile_kernel("9.0")
     for where, backend in (("gpu", "onnxruntime"), ("tpu", "tensorrt")):
         with pytest.raises(InputError, match="preprocess: '.pu'; expected cpu, or with the back ends"):
-            Options(preprocess=where, backend=backend)
+            Options("cuda", backend=backend, preprocess=where)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])

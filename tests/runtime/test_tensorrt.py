@@ -24,7 +24,6 @@ from dcformer_deploy.runtime.errors import (
     DcformerError,
     DcformerWarning,
     DeviceLost,
-    DeviceUnavailable,
     EngineRefused,
     InferenceError,
 )
@@ -355,8 +354,8 @@ def test_the_real_library_has_what_is_called():
 
 def test_without_a_gpu(built: Path):
     """Nothing is faked."""
-    with pytest.raises(DeviceUnavailable, match="device 'cpu': the tensorrt_rtx back end runs on a GPU; pass --device"):
-        load(built, backend="tensorrt_rtx", precision="fp16").describe()
+    with pytest.raises(InputError, match="device 'cpu': the tensorrt_rtx back end runs on a GPU; pass --device cuda"):
+        load(built, backend="tensorrt_rtx", precision="fp16")
     if gpu.gpu_or_none() is None:
         with pytest.raises(DcformerError) as caught:
             _model(built, "tensorrt_rtx").describe()

@@ -200,9 +200,11 @@ def test_refusals(calibrated: Path, pristine_bundle: Path, capsys):
     refuse(capsys, 2, "no image tower in fp16; `dcformer calibrate", "build", pristine_bundle)
     refuse(capsys, 2, "--engine-library 'trt': expected one of auto, tensorrt, tensorrt_rtx", "build", calibrated,
            "--engine-library", "trt")
-    refuse(capsys, 2, "--gpu 9.0: tensorrt_rtx builds for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1", "build", calibrated, "--gpu",
+    refuse(capsys, 2, "--gpu 9.0: tensorrt_rtx builds for 8.0, 8.6, 8.9, 12.0, 12.1", "build", calibrated, "--gpu",
            "9.0")
-    refuse(capsys, 2, "--gpu 8.9: tensorrt_rtx builds for 7.5, 8.0", "build", calibrated, "--gpu", "8.9,8.9")
+    refuse(capsys, 2, "--gpu 8.9: tensorrt_rtx builds for 8.0, 8.6", "build", calibrated, "--gpu", "8.9,8.9")
+    refuse(capsys, 2, "for all from 8.0 on. For Turing its builder has no float32 convolutions and products", "build",
+           calibrated, "--gpu", "7.5")
     for options in (["--version-compatible"], ["--tiling", "fast"]):
         refuse(capsys, 2, "not for tensorrt_rtx engines; --gpu names their GPUs", "build", calibrated, *options)
     refuse(capsys, 2, "--hardware 'all': expected one of none, ampere-plus", "build", calibrated, "--hardware", "all")
