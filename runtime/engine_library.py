@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,9 +84,9 @@ _UNCOLLECTED = _Uncollected()
 def uncollected() -> Iterator[None]:
     """Nothing is collected meanwhile, in any thread: for calls that make objects of the library.
 
-    The library calls its logger, which is Python, while it holds a lock that every end of one of its objects takes. A
-    collection just then that finds such an object waits for ever: in the same thread for itself, in another one with
-    what the logger needs to go on. Seen with tensorrt_rtx 1.7.
+    Where something else in this process uses the library with a logger of its own, it calls ours while it holds a lock
+    that every end of one of its objects takes (see ``_Ears``). A collection just then that finds such an object waits
+    for ever: in the same thread for itself, in another one with what the logger needs to go on.
     """
     _UNCOLLECTED.begin()
     try:
@@ -108,12 +110,27 @@ def explained(engine: str) -> Iterator[None]:
         raise InferenceError(f"{engine}: {type(error).__name__}: {one_line(str(error))}") from error
 
 
-class Log:
-    """Collects a library's errors, its only explanation of a failure. ``logger``: what the library writes to."""
+@dataclass(frozen=True)
+class _Heard:
+    """An error. ``thread``: of Python's, that had called the library; None for the library's own threads."""
 
-    def __init__(self, library: Library) -> None:
-        trt, found = library.module, list[str]()
-        self._found = found
+    number: int
+    thread: int | None
+    text: str
+
+
+class _Ears:
+    """What a library writes its messages to, one for all of its objects and for as long as this process lives.
+
+    The library keeps the logger of the oldest object that is alive for what belongs to none. It is not the object's
+    that is made next, it says so in a message, and holds a lock meanwhile that every end of an object takes: with one
+    logger for each, a thread that lets go of an object while another makes one waits for it with Python's own lock in
+    its hands, and both for ever. And the oldest object's may be gone before the others. Seen with tensorrt_rtx 1.7.
+    """
+
+    def __init__(self, trt: Any) -> None:
+        heard = deque[_Heard](maxlen=_MOST_HEARD)
+        self.heard, self.module, numbers = heard, trt, itertools.count(1)
 
         class Logger(trt.ILogger):
             def __init__(self) -> None:
@@ -121,14 +138,44 @@ class Log:
 
             def log(self, severity: Any, message: str) -> None:
                 if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    found.append(one_line(message))
+                    own = threading.get_ident()
+                    known = any(thread.ident == own for thread in threading.enumerate())
+                    heard.append(_Heard(next(numbers), own if known else None, one_line(message)))
 
         self.logger = Logger()
 
+
+#: Errors that are remembered.
+_MOST_HEARD = 1000
+_EARS: dict[int, _Ears] = {}
+_EARS_LOCK = threading.Lock()
+
+
+def _ears(trt: Any) -> _Ears:
+    with _EARS_LOCK:
+        return _EARS.setdefault(id(trt), _EARS.get(id(trt)) or _Ears(trt))
+
+
+class Log:
+    """A library's errors from now on, its only explanation of a failure. ``logger``: for the library's objects.
+
+    Those that other threads brought about by their own calls are left out.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self._ears = _ears(library.module)
+        self.logger = self._ears.logger
+        last = list(self._ears.heard)[-1:]
+        self._since = last[0].number if last else 0
+
+    def _errors(self) -> list[str]:
+        return [error.text for error in list(self._ears.heard)
+                if error.number > self._since and error.thread in (None, threading.get_ident())]
+
     def all(self) -> str:
         """Every error that was seen, once."""
-        return "; ".join(dict.fromkeys(self._found)) or "no reason given"
+        return "; ".join(dict.fromkeys(self._errors())) or "no reason given"
 
     def last(self) -> str:
         """The last error."""
-        return self._found[-1] if self._found else "no reason given"
+        return (self._errors() or ["no reason given"])[-1]

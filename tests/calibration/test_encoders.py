@@ -16,6 +16,7 @@ from dcformer_deploy.export.registry import all_encoders, get_encoder
 from dcformer_deploy.export.rules.pipeline import MEASURED, optimize
 from dcformer_deploy.export.trace import trace_image_tower, trace_text_tower
 from dcformer_deploy.runtime.backends import Options, open_graph
+from dcformer_deploy.runtime.engine_library import Log, load_library
 from dcformer_deploy.runtime.manifest import TensorInfo
 from dcformer_deploy.runtime.volume import image_feeds
 
@@ -103,7 +104,7 @@ def test_tensorrt_parses_and_builds(precision: str, tmp_path: Path):
             proto = quantize(proto, {name: h.largest for name, h in observer.histograms.items()}).proto
             if precision == "int8 and fp16":
                 proto = to_half(proto).proto
-    logger = trt.Logger(trt.Logger.ERROR)
+    logger = Log(load_library("tensorrt_rtx")).logger
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)

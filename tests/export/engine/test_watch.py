@@ -1,5 +1,6 @@
 """Steps of a build: what the library reports, what is shown of it, and how it is stopped."""
 
+import _thread
 import io
 import itertools
 import re
@@ -20,7 +21,7 @@ from dcformer_deploy.export.engine.build import BuildOptions, build_engine, pars
 from dcformer_deploy.export.engine.watch import Phase, Watch, monitor, run_apart
 from dcformer_deploy.runtime.cli import output
 from dcformer_deploy.runtime.cli.app import main
-from dcformer_deploy.runtime.engine_library import load_library
+from dcformer_deploy.runtime.engine_library import Log, load_library
 from graphs import GraphBuilder
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -165,17 +166,19 @@ def test_signals_while_the_library_works():
 
 
 def test_a_collection_at_the_worst_time(graph: Path):
-    """While the library calls the logger, an object of it is garbage: its end would wait for the library's own lock."""
+    """While the library calls the logger, somebody else's object of it is garbage: its end would wait for the library's
+    own lock.
+    """
     code = """
 import faulthandler, gc, sys, threading
 from pathlib import Path
 from dcformer_deploy.export.engine.build import BuildOptions, build_engine
-from dcformer_deploy.runtime.engine_library import Log, load_library
+from dcformer_deploy.runtime.engine_library import load_library
 library = load_library("tensorrt_rtx")
 
 class Garbage:
     def __init__(self):
-        self.itself, self.held = self, library.module.Runtime(Log(library).logger)
+        self.itself, self.held = self, library.module.Runtime(library.module.Logger())
 
 heard = []
 
@@ -197,6 +200,54 @@ assert gc.isenabled()
 """
     done = subprocess.run([sys.executable, "-c", code, str(graph)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_objects_made_and_let_go_by_several_threads():
+    """With a logger for each, one thread soon waits for the library and the other for Python, and both for ever."""
+    code = """
+import faulthandler, sys, threading
+from dcformer_deploy.runtime.engine_library import Log, load_library
+library = load_library("tensorrt_rtx")
+faulthandler.dump_traceback_later(60, exit=True)
+sys.setswitchinterval(1e-6)
+held = library.module.Runtime(Log(library).logger)
+
+def make_and_let_go():
+    for _ in range(5000):
+        library.module.Runtime(Log(library).logger)
+
+threads = [threading.Thread(target=make_and_let_go) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_of_other_threads_are_not_this_ones():
+    library = load_library("tensorrt_rtx")
+    earlier = Log(library)
+
+    def fail(words: str) -> None:
+        earlier.logger.log(trt.ILogger.ERROR, words)
+        earlier.logger.log(trt.ILogger.WARNING, f"not {words}")
+
+    fail("mine,\nof before")
+    log = Log(library)
+    assert (log.last(), log.all()) == ("no reason given", "no reason given")
+    other = threading.Thread(target=fail, args=("another's",))
+    other.start()
+    other.join()
+    _thread.start_new_thread(fail, ("the library's own",))  # of which Python's threading knows nothing
+    while log.last() == "no reason given":
+        time.sleep(0.01)
+    fail("mine")
+    fail("mine")
+    assert (log.last(), log.all()) == ("mine", "the library's own; mine")
+    assert earlier.all() == "mine, of before; the library's own; mine"
+    assert log.logger is earlier.logger
 
 
 def test_the_parser_works_apart_too(graph: Path, monkeypatch: pytest.MonkeyPatch):
