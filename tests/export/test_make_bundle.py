@@ -12,8 +12,7 @@ import torch
 from conftest import GOLDEN_TOLERANCE
 from dcformer_deploy.export import make_bundle, write_graphs
 from dcformer_deploy.export.make_bundle import ExportOptions, export_checkpoint
-from dcformer_deploy.runtime import BundleError, CheckFailed, InputError, load
-from dcformer_deploy.runtime import model as model_module
+from dcformer_deploy.runtime import BundleError, CheckFailed, InputError, backends, load
 from dcformer_deploy.runtime.manifest import Preprocessing
 from dcformer_deploy.runtime.provenance import Timing
 from golden import CASES, NANO, REPOSITORY, Case, inputs, relative_error
@@ -62,7 +61,7 @@ def test_each_back_end_runs_the_graph_made_for_it(checkpoint: Path, tmp_path: Pa
         ("stream_planes", "openvino", False), ("flatten_convolutions", "openvino", False)]
     assert len({a.graph for a in manifest.agreement}) == 3
     opened = []
-    monkeypatch.setattr(model_module, "open_graph", lambda path, options: opened.append(path.name) or FakeBackend())
+    monkeypatch.setattr(backends, "open_graph", lambda path, options: opened.append(path.name) or FakeBackend())
     for backend in ("onnxruntime", "openvino"):
         load(tmp_path / "bundle", backend=backend).describe()
     assert opened == ["image.fp32.onnxruntime.onnx", "image.fp32.onnx"]
