@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backends import Options
-from ..runtime.backends.openvino import cpu_settings
+from ..runtime.backends.openvino import cpu_settings, shared_core
 from ..runtime.bundle import open_bundle
 from ..runtime.errors import InputError
 from ..runtime.machine import processor
@@ -119,9 +119,7 @@ def _label(operator: str, shapes: list[list[int]]) -> str:
 
 def _openvino(path: Path, options: Options, feeds: Mapping[str, NDArray[Any]],
               runs: int) -> Iterator[tuple[str, float]]:
-    import openvino
-
-    core = openvino.Core()
+    core = shared_core()
     model = core.read_model(str(path))
     model.reshape({name: list(array.shape) for name, array in feeds.items()})
     request = core.compile_model(model, "CPU", {**cpu_settings(options), "PERF_COUNT": True}).create_infer_request()

@@ -28,7 +28,7 @@ class OpenVinoBackend:
     """
 
     def __init__(self, path: Path, options: Options) -> None:
-        self._library = _import_openvino()
+        self._library, self._core = _import_openvino(), shared_core()
         self._settings = cpu_settings(options)
         if (cache := _cache()) is not None:
             self._settings["CACHE_DIR"] = str(cache)
@@ -36,8 +36,7 @@ class OpenVinoBackend:
         self._compiled: dict[int | None, Any] = {}
         self._requests = threading.local()
         self._lock = threading.Lock()
-        self._core = self._library.Core()
-        if options.precision == "bf16" and not has_bfloat16(self._core):
+        if options.precision == "bf16" and not has_bfloat16():
             raise DeviceUnavailable(f"{NO_BFLOAT16}; choose another --precision")
         with self._reading():
             self._model = self._core.read_model(str(path))
@@ -92,14 +91,27 @@ class OpenVinoBackend:
         return self._description
 
 
-def has_bfloat16(core: Any = None) -> bool:
-    """Whether this CPU computes in bfloat16 at full speed. Raises ``MissingDependency`` without openvino.
+_CORE_LOCK = threading.Lock()
+_CORES: list[Any] = []
 
-    Args:
-        core: of openvino, if there is one already.
+
+def shared_core() -> Any:
+    """OpenVINO's ``Core``, one for as long as this process lives. Raises ``MissingDependency`` without openvino.
+
+    With the first model that a core compiles it gives this thread a stack for signals, and takes it away when the core
+    goes. Of two cores the one that goes last brings back the stack of the other, which is gone: the next signal, such
+    as Ctrl-C, ends the process, or writes into what has the memory now. Seen with openvino 2026.4.
     """
-    core = core or _import_openvino().Core()
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    library = _import_openvino()
+    with _CORE_LOCK:
+        if not _CORES:
+            _CORES.append(library.Core())
+        return _CORES[0]
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16 at full speed. Raises ``MissingDependency`` without openvino."""
+    return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def cpu_settings(options: Options) -> dict[str, Any]:

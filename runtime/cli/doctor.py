@@ -17,6 +17,7 @@ import click
 from ..backends import Options
 from ..backends.base import AUTO
 from ..backends.choose import choose_backend
+from ..backends.openvino import shared_core
 from ..bundle import open_bundle
 from ..errors import DcformerError, install, one_line
 from ..gpu import current_gpu
@@ -103,7 +104,7 @@ def _openvino() -> str:
         return "not installed"
     import openvino
 
-    return f"{openvino.__version__}: {', '.join(openvino.Core().available_devices)}"
+    return f"{openvino.__version__}: {', '.join(shared_core().available_devices)}"
 
 
 def _version(module: str) -> str:

@@ -5,13 +5,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-import openvino
 import pytest
 import torch
 
 from dcformer_deploy.calibration.emulate import emulate, emulated_bundle
 from dcformer_deploy.calibration.half import to_bfloat16, to_half
 from dcformer_deploy.runtime import load
+from dcformer_deploy.runtime.backends.openvino import shared_core
 from dcformer_deploy.runtime.bundle import open_bundle
 from graphs import GraphBuilder, difference, run, volume
 
@@ -74,8 +74,8 @@ def test_bfloat16_image_tower(pristine_bundle: Path):
     feeds = {entry.name: np.clip(volume(1, *(d.dim_value for d in entry.type.tensor_type.shape.dim[1:])), -1, 1)
              for entry in found.proto.graph.input}
     exact, emulated = _features(proto, feeds), _features(emulate(found.proto), feeds)
-    model = openvino.Core().read_model(found.proto.SerializeToString())
-    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = shared_core().read_model(found.proto.SerializeToString())
+    compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     there = compiled({name: array.astype(np.float16) for name, array in feeds.items()})["feature_map"]
     assert 4e-3 < difference(emulated, exact) < 1.2e-2
     # Weights are the same, roundings of activations are not: OpenVINO leaves them out, too.

@@ -1,5 +1,6 @@
 """The OpenVINO back end gives ONNX Runtime's answers, and says clearly what it cannot do."""
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,6 +93,29 @@ def test_bfloat16_only_when_asked_for(openvino_model: Model, pristine_bundle: Pa
         pytest.skip(str(error))
     exact = openvino_model.image_outputs(image[:, 0])["feature_map"]
     assert 1e-4 < relative_error(rough, exact) < 0.1
+
+
+def test_signals_after_models_are_gone(pristine_bundle: Path):
+    """OpenVINO gives the thread another stack for signals, which must outlive the models."""
+    code = """
+import gc, os, signal, sys, time
+from dcformer_deploy.runtime import load
+signal.signal(signal.SIGINT, signal.default_int_handler)
+models = [load(sys.argv[1], backend="openvino") for _ in range(3)]
+for model in models:
+    model.describe()
+del model
+while models:
+    del models[0]
+    gc.collect()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code, pristine_bundle], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_bfloat16_is_not_for_onnx_runtime(pristine_bundle: Path):
