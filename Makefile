@@ -114,23 +114,24 @@ gpu-check: $(READY)
 	$(MAKE) gpu-prepare
 	$(MAKE) gpu-run
 
-# What gpu-run measures; needs no GPU. Three things at a time, which much of is work for one core each.
+# What gpu-run measures; needs no GPU. Three things at a time, as most of the work keeps one core busy; so nothing is decided
+# by measuring on this CPU.
 gpu-prepare:
 	$(MAKE) --jobs=3 --output-sync=recurse gpu-nano gpu-bundle
 
 gpu-bundle:
 	$(DCFORMER) phantom --n 4 --seed 500 --out demo/gpu/scans --force
-	$(DCFORMER) export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/gpu/bundle --force
-	$(DCFORMER) calibrate demo/gpu/bundle --data demo/gpu/scans --samples 4 --precision fp16,bf16,int8
+	$(DCFORMER) export $(MODEL)/checkpoint.pth --tokenizer $(MODEL)/tokenizer --out demo/gpu/bundle --force --target any
+	$(DCFORMER) calibrate demo/gpu/bundle --data demo/gpu/scans --samples 4 --precision fp16,bf16,int8 --depthwise never
 
 gpu-clinical:
 	$(DCFORMER) phantom --n 1 --seed 5 --voxel-mm 0.75 --out demo/gpu/clinical --force
 
 gpu-untrained:
-	$(DCFORMER) export --encoder dcformer-nano --random-weights 0 --out demo/gpu/nano --force
+	$(DCFORMER) export --encoder dcformer-nano --random-weights 0 --out demo/gpu/nano --force --target any
 
 gpu-nano: gpu-clinical gpu-untrained
-	$(DCFORMER) calibrate demo/gpu/nano --data demo/gpu/clinical --samples 1 --precision fp16,int8
+	$(DCFORMER) calibrate demo/gpu/nano --data demo/gpu/clinical --samples 1 --precision fp16,int8 --depthwise never
 
 # The GPU's own part. Needs no package index: with GPU_PYTHON and DCFORMER it takes any environment.
 gpu-run:
@@ -143,8 +144,9 @@ gpu-run:
 	$(DCFORMER) bench demo/gpu/nano --device cuda --scan demo/gpu/$(SCAN_OF_CLINICAL) --batches 1,4,8 --seconds 8 --runs 3 \
 	  --out $(GPU_RESULTS) && exit $$failed
 
-# Two processes: most of a test is Python, on one core. In the files' own order: by the number of tests, as xdist would have
-# it, a file of two that take minutes comes last, and one process waits for it.
+# Two processes, each on its own cores (tests/cores.py): most of a test is Python, on one core. In the files' own order, but
+# for one of few tests that take long: by the number of tests, as xdist would have it, such files come last, and one process
+# waits for them.
 test: $(READY) $(VENV)/triton-server/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -97,8 +97,8 @@ def check_file(folder: Path, record: FileRecord, verify: bool = True) -> None:
     path = folder / record.path
     if is_engine_file(record.path):
         again = "build"
-    else:  # `dcformer calibrate` adds those of other precisions, to a bundle that is intact
-        again = "export and calibrate" if set(record.path.split(".")) & set(PRECISIONS[1:]) else "export"
+    else:  # `dcformer calibrate` adds those of other precisions and what it observed, to a bundle that is intact
+        again = "export and calibrate" if set(record.path.split(".")) & {*PRECISIONS[1:], "calibration"} else "export"
     if not path.is_file():
         raise BundleError(f"{path}: missing; the bundle is incomplete. Copy it again or {again} it again")
     if not path.resolve().is_relative_to(folder.resolve()):

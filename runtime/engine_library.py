@@ -122,15 +122,16 @@ class _Heard:
 class _Ears:
     """What a library writes its messages to, one for all of its objects and for as long as this process lives.
 
-    The library keeps the logger of the oldest object that is alive for what belongs to none. It is not the object's
-    that is made next, it says so in a message, and holds a lock meanwhile that every end of an object takes: with one
-    logger for each, a thread that lets go of an object while another makes one waits for it with Python's own lock in
-    its hands, and both for ever. And the oldest object's may be gone before the others. Seen with tensorrt_rtx 1.7.
+    For what belongs to no object the library keeps the logger of the oldest one that is alive. Where an object is made
+    with another logger, it says so in a message, holding a lock that every end of an object takes. So with a logger
+    for each, a thread that lets go of an object just then waits for that lock with Python's own in its hands, for which
+    the message waits, and both wait for ever. And the oldest object's logger may be gone before the others. Seen with
+    tensorrt_rtx 1.7.
     """
 
     def __init__(self, trt: Any) -> None:
         heard = deque[_Heard](maxlen=_MOST_HEARD)
-        self.heard, self.module, numbers = heard, trt, itertools.count(1)
+        self.heard, numbers = heard, itertools.count(1)
 
         class Logger(trt.ILogger):
             def __init__(self) -> None:
@@ -138,28 +139,38 @@ class _Ears:
 
             def log(self, severity: Any, message: str) -> None:
                 if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    own = threading.get_ident()
-                    known = any(thread.ident == own for thread in threading.enumerate())
-                    heard.append(_Heard(next(numbers), own if known else None, one_line(message)))
+                    heard.append(_Heard(next(numbers), _own_thread(), one_line(message)))
 
         self.logger = Logger()
 
 
+def _own_thread() -> int | None:
+    """The running thread, if Python started it; threading keeps a dummy for others that have asked it something."""
+    own = threading.get_ident()
+    known = any(thread.ident == own and not isinstance(thread, threading._DummyThread)
+                for thread in threading.enumerate())
+    return own if known else None
+
+
 #: Errors that are remembered.
-_MOST_HEARD = 1000
-_EARS: dict[int, _Ears] = {}
+_MOST_HEARD = 10_000
+#: By module.
+_EARS: dict[Any, _Ears] = {}
 _EARS_LOCK = threading.Lock()
 
 
 def _ears(trt: Any) -> _Ears:
     with _EARS_LOCK:
-        return _EARS.setdefault(id(trt), _EARS.get(id(trt)) or _Ears(trt))
+        if trt not in _EARS:
+            _EARS[trt] = _Ears(trt)
+        return _EARS[trt]
 
 
 class Log:
     """A library's errors from now on, its only explanation of a failure. ``logger``: for the library's objects.
 
-    Those that other threads brought about by their own calls are left out.
+    Those that other threads brought about by their own calls are left out; what the library's own threads say is not,
+    whoever they work for.
     """
 
     def __init__(self, library: Library) -> None:

@@ -35,7 +35,8 @@ def current_gpu(index: int = 0) -> Gpu:
         raise
     except Exception as error:  # the bindings raise classes of their own that differ between releases
         if type(error).__name__ == _NO_LIBRARY:
-            raise DeviceUnavailable("no NVIDIA driver is installed; run on a machine with a GPU") from error
+            raise DeviceUnavailable("no NVIDIA driver here (libcuda is not found); run on a machine with a GPU, in a "
+                                    "container that is given it") from error
         raise DeviceUnavailable(f"no usable NVIDIA driver ({one_line(str(error))}); run on a machine with a GPU"
                                 ) from error
 

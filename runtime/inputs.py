@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from .errors import DcformerWarning, InputError
 from .files import require_file
 from .scan_files import ScanPath, SliceFiles, as_scan, named, require_scan, together
-from .volume.dicom_source import is_slice, may_be_slice
+from .volume.dicom_source import is_contents, is_slice, may_be_slice
 from .volume.folder import NoScans, find_scans
 
 #: Columns of a list that may hold the path.
@@ -47,8 +47,7 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
     """
     found_paths: list[tuple[ScanPath, Path | None]] = []
     inputs = list(inputs)
-    if split is not None and not any(_may_be_folder(given) for given in inputs):
-        raise InputError("--split: chooses among the scans of a folder, and no folder was named; drop it")
+    require_folder(inputs, split)
     for given in inputs:
         found_paths += _expand(given, split)
     metadata = {path: table for path, table in found_paths if table is not None}
@@ -115,15 +114,23 @@ def _is_pattern(given: str | ScanPath) -> bool:
     return not isinstance(given, SliceFiles) and glob.has_magic(str(given)) and not os.path.exists(given)  # noqa: PTH110
 
 
-def _may_be_folder(given: str | ScanPath) -> bool:
-    return not isinstance(given, SliceFiles) and (named(given).is_dir() or _is_pattern(given))
+def is_file(given: str | ScanPath) -> bool:
+    """Whether a file was named, or slices."""
+    return isinstance(given, SliceFiles) or os.path.isfile(named(given))  # noqa: PTH113 (as above)
+
+
+def require_folder(inputs: Iterable[str | ScanPath], split: str | None) -> None:
+    """Raise InputError for a split where all that was named are files, of which it leaves out none."""
+    if split is not None and all(map(is_file, inputs)):
+        raise InputError("--split: chooses among the scans of a folder, and no folder was named; drop it")
 
 
 def _matches(pattern: str) -> list[Path]:
-    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (of any path, absolute ones too)
+    found = map(Path, sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207 (of any path, absolute ones too)
+    matches = [path for path in found if not is_contents(path)]
     if not matches:
         raise InputError(f"{pattern}: no file matches this pattern")
-    return list(map(Path, matches))
+    return matches
 
 
 def require_there(inputs: Iterable[str | ScanPath]) -> None:

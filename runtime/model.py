@@ -193,7 +193,7 @@ class Model:
         """Image embeddings ``[n, 512]``, the next scan read while one is computed. Raises like ``embed_image``."""
         if isinstance(scans, str | Path | SliceFiles) or not isinstance(scans, Iterable):
             raise InputError(f"scans: {type(scans).__name__}; expected a list of scans, or use embed_image for one")
-        if len(shape := getattr(scans, "shape", (0,) * 4)) != 4:
+        if len(shape := getattr(scans, "shape", ())) == 3:
             raise InputError(f"scans: an array {list(shape)}; expected a list of scans, or [n, D, H, W]; embed_image "
                              "takes one")
         embeddings = [self._embed(prepared().feeds)

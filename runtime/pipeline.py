@@ -1,7 +1,7 @@
 """Many scans through one model: reading and inference at the same time, in memory that does not grow.
 
-Readers are threads (decompression and sampling leave Python's lock), each at one scan; at most ``waiting`` scans are
-read and not yet computed. Inference takes what is ready, up to a batch, and on a GPU two batches at a time. On CPUs,
+Readers are threads (decompression and sampling leave Python's lock), each at one scan; at most ``waiting`` more are
+read and not yet computed. Inference takes what is ready, up to a batch, and on engines two batches at a time. On CPUs,
 where reading and inference want the same cores, each reader computes what it has read instead: nobody waits for
 anybody, and no core has two to serve.
 """
@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from .errors import BundleError, InferenceError, InputError
+from .errors import BundleError, DcformerError, InferenceError, InputError
 from .inputs import Item
 from .model import Model
 from .results import Prepared
@@ -35,9 +35,9 @@ class Settings:
     """How much at once.
 
     ``readers``: scans that are read. ``threads``: that each of these is preprocessed with. ``batch``: largest of an
-    inference. ``waiting``: scans that may wait for it, or be in it. ``inferences``: at the same time, so that inputs of
-    one go to the GPU while another computes. ``together``: readers compute what they read, and the last three do not
-    apply.
+    inference. ``waiting``: scans more than readers that may wait for it, or be in it. ``inferences``: at the same time,
+    so that inputs of one go to the GPU while another computes. ``together``: readers compute what they read, and the
+    last three do not apply.
     """
 
     readers: int = 1
@@ -79,6 +79,14 @@ def _taken(arrived: _Queue) -> _Read | list[Outcome]:
     if isinstance(found, BaseException):
         raise found
     return found
+
+
+def _finished(arrived: _Queue) -> Iterator[Outcome]:
+    """What has been computed beside something that failed."""
+    while not arrived.empty():
+        found = arrived.get()
+        if isinstance(found, list):
+            yield from found
 
 
 class Pipeline:
@@ -135,7 +143,8 @@ class Pipeline:
         """Keep readers at work and compute what arrives."""
         given = self._settings
         ready, reading, computing, batches, exhausted = list[_Read](), 0, 0, 0, False
-        with ThreadPoolExecutor(given.inferences, thread_name_prefix="inference") as computers:
+        computers = ThreadPoolExecutor(given.inferences, thread_name_prefix="inference")
+        try:
             while True:
                 while not exhausted and reading + len(ready) + computing < given.readers + given.waiting:
                     item = next(todo, None)
@@ -148,9 +157,10 @@ class Pipeline:
                 # A batch that is not full is better than a model that has nothing to do.
                 is_full = len(ready) >= given.batch or (exhausted and not reading)
                 if ready and batches < given.inferences and (is_full or (not batches and arrived.empty())):
-                    batch, ready = ready[: given.batch], ready[given.batch:]
-                    computers.submit(self._hand_on_batch, arrived, batch)
-                    batches, computing = batches + 1, computing + len(batch)
+                    count = min(given.batch, len(ready))
+                    computers.submit(self._hand_on_batch, arrived, ready[:count])
+                    del ready[:count]  # and no name is left for them: they are gone once they are computed
+                    batches, computing = batches + 1, computing + count
                     continue
                 found = _taken(arrived)
                 if not isinstance(found, _Read):
@@ -162,6 +172,14 @@ class Pipeline:
                     ready.append(found)
                 else:
                     yield found.outcome
+                del found
+        except DcformerError:
+            computers.shutdown()
+            yield from _finished(arrived)
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # before the wait for inference, or more would be read
+            computers.shutdown()
 
     def _read(self, item: Item) -> _Read:
         facts = file_facts(item.path)

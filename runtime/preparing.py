@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import BundleError, DiskFull, InputError
 from .files import atomic_file, is_full, writing_error
-from .inputs import find_items
+from .inputs import find_items, is_file, require_folder
 from .model import Model
 from .scan_files import ScanPath, SliceFiles, file_facts, path_text, require_scan, sha256_scan
 from .volume.folder import NAME_COLUMN, table_header
@@ -53,7 +53,9 @@ def find_tasks(inputs: Sequence[str | ScanPath], split: str | None, options: Map
     tasks: dict[Path, Task] = {}
     folders = [Path(given) for given in inputs if not isinstance(given, SliceFiles) and Path(given).is_dir()]
     others = [given for given in inputs if isinstance(given, SliceFiles) or not Path(given).is_dir()]
-    found = [(item, None) for item in find_items(others, split, options)] if others else []
+    require_folder(inputs, split)
+    split_of_others = None if all(map(is_file, others)) else split  # files have none, whatever folder is beside them
+    found = [(item, None) for item in find_items(others, split_of_others, options)] if others else []
     for folder in (folder.absolute() for folder in folders):
         if out.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{out}: lies in {folder}, whose scans would then be there twice; choose a place outside")

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def all_cores() -> Iterator[None]:
-    """For what a test starts: those of the machine, not only this worker's."""
+    """For processes and threads that a test starts: those of the machine, not only this worker's."""
     if not cores.ALL:
         yield
         return

@@ -80,6 +80,7 @@ class TensorRtBackend:
         self.slots = slots
         self._free = threading.BoundedSemaphore(slots)
         self._idle: list[_Slot] = []
+        self._made = 0
         self._lock = threading.Lock()
         self._sampler: Sampler | None = None
         self._description = f"{library.name} {library.version}, {gpu.name}, {self.record.engine}"
@@ -149,6 +150,7 @@ class TensorRtBackend:
         """Give back the memory of requests that have ended, and of scans that were preprocessed; the next take new."""
         with self._lock:
             slots, self._idle = self._idle, []
+            self._made -= len(slots)
         self._device.use()
         for slot in slots:
             slot.close()
@@ -166,16 +168,39 @@ class TensorRtBackend:
     @contextmanager
     def _slot(self) -> Iterator[_Slot]:
         with self._free:
-            with self._lock:
-                slot = self._idle.pop() if self._idle else None
-            slot = slot or _Slot(self._device, self._context(), self._shapes, self._is_rtx, self._log)
+            slot = self._take_slot()
             try:
                 yield slot
             except BaseException:
+                with self._lock:
+                    self._made -= 1
                 slot.close()  # its stream may still be busy with what failed: the next request makes a new one
                 raise
             with self._lock:
                 self._idle.append(slot)
+
+    def _take_slot(self) -> _Slot:
+        """One that is idle, or a new one; where there is no memory for another beside those in use, the next of these.
+
+        Raises:
+            InferenceError: no memory for a single one.
+        """
+        while True:
+            with self._lock:
+                if self._idle:
+                    return self._idle.pop()
+                self._made += 1
+            try:
+                return _Slot(self._device, self._context(), self._shapes, self._is_rtx, self._log)
+            except BaseException as error:
+                with self._lock:
+                    self._made -= 1
+                    others = self._made
+                if isinstance(error, DeviceLost) or not isinstance(error, InferenceError) or not others:
+                    raise
+                warnings.warn(f"{self.record.engine}: no GPU memory for {others + 1} requests at the same time "
+                              f"({error}); they take turns", DcformerWarning, stacklevel=5)
+                self._free.acquire()  # waits for one in use; the place of the one that could not be made is given up
 
     def _context(self) -> Any:
         # It takes memory, and may wait for the GPU.

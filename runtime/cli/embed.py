@@ -113,7 +113,8 @@ def command(
             with Store(out, identity, bundle) as store, progress(len(items)) as display:
                 report = EmbeddingJob(store, retry, told(display)).collect(
                     lambda todo: cluster.run(todo, spec, plan, store.index.contents()), items,
-                    plan.settings.readers * plan.count, plan.count * (SLOTS if backend in LIBRARIES else 1))
+                    plan.settings.readers * plan.count,
+                    plan.count * (plan.settings.readers if device == "cpu" else SLOTS if backend in LIBRARIES else 1))
     _print(report, out, as_json)
     return 2 if report.failed or report.failed_before else 0
 

@@ -50,7 +50,7 @@ _LARGEST_ZIP_BYTES, _LARGEST_RATIO = 8 << 30, 200
 #: Fewer slices are a localizer or a fragment, not a scan of a chest.
 _FEWEST_SLICES = 8
 #: What damaged files make pydicom raise.
-DAMAGE = (BytesLengthException, InvalidDicomError, AttributeError, KeyError, ValueError, TypeError, IndexError,
+_DAMAGE = (BytesLengthException, InvalidDicomError, AttributeError, KeyError, ValueError, TypeError, IndexError,
            NotImplementedError, RuntimeError, OSError, EOFError, struct.error, zipfile.BadZipFile, zlib.error,
            lzma.LZMAError)
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -76,6 +76,15 @@ class _Header:
 
     def text(self, tag: str) -> str:
         return str(self.value(tag) or "")
+
+
+def identify(file: Path) -> tuple[str, str] | None:
+    """UIDs of series and instance, empty where there is none; None if the file cannot be read."""
+    try:
+        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SOPInstanceUID", "SeriesInstanceUID"])
+        return str(header.get("SeriesInstanceUID") or ""), str(header.get("SOPInstanceUID") or "")
+    except (*_DAMAGE, MemoryError):
+        return None
 
 
 def read_dicom(source: str | ScanPath, target_orientation: str, options: ReadOptions, needs_hounsfield: bool = True
@@ -184,7 +193,7 @@ def _read_headers(path: ScanPath) -> list[_Header]:
                                  "moved away") from error
             others += 1
             continue
-        except (*DAMAGE, MemoryError) as error:  # a length in it that is beyond all memory
+        except (*_DAMAGE, MemoryError) as error:  # a length in it that is beyond all memory
             raise InputError(f"{file.name}: damaged DICOM file ({_brief(error)})") from error
         if "SOPClassUID" not in dataset and dataset.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
             raise InputError(f"{file.name}: its header is cut off; copy the file again")
@@ -288,7 +297,7 @@ def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[N
         try:
             with header.file.open() as stream:
                 plane = pixel_array(stream)
-        except (*DAMAGE, MemoryError) as error:
+        except (*_DAMAGE, MemoryError) as error:
             raise InputError(f"{header.file.name}: its pixels cannot be read ({_brief(error)})") from error
         if plane.shape != (rows, columns):
             raise InputError(f"{header.file.name}: {plane.shape} pixels, its header says {(rows, columns)}")

@@ -25,15 +25,21 @@ def is_dicom_source(path: str | Path) -> bool:
     return Path(path).suffix.lower() == _ZIP or os.path.isdir(path) or is_slice(Path(path))  # noqa: PTH112
 
 
-def find_dicom(folder: Path) -> Iterator[Path]:
-    """Below a folder, itself included: folders that hold DICOM files, and zip files."""
+def find_dicom(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Below a folder, itself included: folders that hold DICOM files, with the first of these, and zip files, twice."""
     for place, folders, files in os.walk(folder, onerror=_told):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = sorted(name for name in files if not name.startswith("."))
-        if any(_is_dicom(Path(place, name)) for name in visible):
-            yield Path(place)
-        yield from (Path(place, name) for name in visible
+        first = next((path for name in visible if _is_dicom(path := Path(place, name))), None)
+        if first is not None:
+            yield Path(place), first
+        yield from ((Path(place, name), Path(place, name)) for name in visible
                     if name.lower().endswith(_ZIP) and not name.endswith(".prepared.zip"))
+
+
+def is_contents(path: Path) -> bool:
+    """Whether a file is a disc's table of contents, whose name some systems show in small letters."""
+    return path.name.upper() == _CONTENTS
 
 
 def is_slice(path: Path) -> bool:
@@ -51,7 +57,7 @@ def _told(error: OSError) -> None:
 
 
 def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in _OTHERS or path.name == _CONTENTS or not os.path.isfile(path):  # noqa: PTH113 (as above)
+    if path.suffix.lower() in _OTHERS or is_contents(path) or not os.path.isfile(path):  # noqa: PTH113 (as above)
         return False
     try:
         with path.open("rb") as file:

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from .dicom_source import is_slice
 
+#: More folders than these that name one series are told of without a look at all of their slices.
+_MOST_COMPARED = 8
 
-def split_series(folders: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
-    """Pairs of folders that hold different slices of one series; copies of a series are no such pair.
 
-    A folder counts by the series of its first slice. Without pydicom, which is needed to read them, there are none.
+def split_series(first_slices: Mapping[Path, Path]) -> Iterator[list[Path]]:
+    """Folders that hold different slices of one series, or lie in each other; copies of a series are none.
+
+    Without pydicom, which is needed to read them, there are none.
+
+    Args:
+        first_slices: by folder; one that is damaged takes its folder out, as whoever reads the scan will tell.
     """
+    if len(first_slices) < 2:
+        return
     try:
-        import pydicom
-
-        from .dicom import DAMAGE
+        from .dicom import identify
     except ImportError:
         return
+    series: defaultdict[str, dict[str, Path]] = defaultdict(dict)
+    for folder, file in first_slices.items():
+        uid, instance = identify(file) or ("", "")
+        if uid:
+            # Copies begin with the same slice; those without a name for it are never taken for copies.
+            series[uid].setdefault(instance or str(file), folder)
+    for uid, places in series.items():
+        folders = list(places.values())
+        if len(folders) <= _MOST_COMPARED and len(folders) > 1:
+            folders = list(_without_copies(uid, folders))
+        if len(folders) > 1:
+            yield folders
 
-    def uids(file: Path) -> tuple[str, str] | None:
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True,
-                                     specific_tags=["SOPInstanceUID", "SeriesInstanceUID"])
-            return str(header.get("SeriesInstanceUID") or ""), str(header.get("SOPInstanceUID") or "")
-        except DAMAGE:  # whoever reads the scan will tell
-            return None
 
-    series: defaultdict[str, list[Path]] = defaultdict(list)
+def _without_copies(uid: str, folders: Iterable[Path]) -> Iterator[Path]:
+    from .dicom import identify
+
+    known: dict[Path, set[str]] = {}
     for folder in folders:
-        first = next(_slices(folder), None)
-        if first is not None and (found := uids(first)) is not None and found[0]:
-            series[found[0]].append(folder)
-    for places in series.values():
-        if len(places) < 2:
-            continue
-        instances = {place: {uids(file) for file in _slices(place)} for place in places}
-        yield from (pair for pair in itertools.combinations(places, 2)
-                    if not instances[pair[0]] & instances[pair[1]])
-
-
-def _slices(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.iterdir()) if not file.name.startswith(".") and is_slice(file))
+        own = {found[1] for file in sorted(folder.rglob("*")) if is_slice(file)
+               and (found := identify(file)) is not None and found[0] == uid} - {""}
+        nested = any(folder.is_relative_to(other) or other.is_relative_to(folder) for other in known)
+        if nested or not own or not any(own <= others or others <= own for others in known.values()):
+            yield folder
+        known[folder] = own

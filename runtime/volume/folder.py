@@ -71,10 +71,11 @@ def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
 
 def _dicom(folder: Path, taken: Mapping[str, Path]) -> dict[str, Path]:
     """Folders of slices and zip files, by the name that a table would use; by their path where that is not unique."""
-    found = list(find_dicom(folder))
-    for one, other in split_series(path for path in found if path.suffix != ".zip"):
-        warnings.warn(f"{one} and {other} hold slices of one series: each is taken for a scan of its own, which is a "
-                      "part of what was scanned; move them into one folder", DcformerWarning, stacklevel=4)
+    found = dict(find_dicom(folder))
+    for parts in split_series({path: first for path, first in found.items() if path != first}):
+        warnings.warn(f"{len(parts)} folders hold slices of one series, {parts[0]} and {parts[1]} among them: each is "
+                      "taken for a scan of its own, which is a part of what was scanned; put them into one folder, "
+                      "under different names", DcformerWarning, stacklevel=4)
     names = Counter(path.stem if path.suffix == ".zip" else path.name for path in found)
     volumes = {}
     for path in found:

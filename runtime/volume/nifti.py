@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import DcformerWarning, InputError
 from ..files import require_file
+from .dicom_source import is_contents
 from .geometry import LPS_AFFINE, Geometry, axis_codes, choose_spacing, describe_turn, reorient
 from .hounsfield import check_voxels
 from .metadata import VolumeMetadata, read_metadata
@@ -101,6 +102,8 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
 
 def _read_header(path: Path) -> _Header:
     require_file(path, "scan")
+    if is_contents(path):
+        raise InputError(f"{path}: the table of contents of a disc; name the folder of the slices")
     if not path.name.lower().endswith(_SUFFIXES):
         raise InputError(f"{path}: neither NIfTI by its name nor DICOM; expected .nii, .nii.gz, or slices")
     try:

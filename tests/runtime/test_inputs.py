@@ -12,6 +12,9 @@ from dicoms import write_series
 from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.errors import DcformerWarning
 from dcformer_deploy.runtime.inputs import find_items
+from dcformer_deploy.runtime.manifest import Preprocessing
+from dcformer_deploy.runtime.preparing import find_tasks
+from dcformer_deploy.runtime.volume import ReadOptions, read_scan
 
 
 @pytest.fixture
@@ -89,6 +92,60 @@ def test_a_series_over_two_folders(tmp_path: Path, recwarn: pytest.WarningsRecor
     for file in sorted((tmp_path / "disc" / "b").iterdir())[:10]:
         file.rename(tmp_path / "disc" / "c" / file.name)
     (tmp_path / "disc" / "a" / "0000.dcm").write_bytes(b"damaged")
-    with pytest.warns(DcformerWarning, match="disc/b and .*disc/c hold slices of one series") as warned:
+    with pytest.warns(DcformerWarning, match="2 folders hold slices of one series, .*/b and .*/c among") as warned:
         assert _names(tmp_path / "disc") == ["a", "b", "c", "copy"]
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize("case", ["a slice in both", "damage in both", "another series beside both", "one in the other",
+                                  "a slice each"])
+def test_series_that_are_split_all_the_same(tmp_path: Path, case: str):
+    voxels, one, two = np.zeros((8, 8, 20), np.int16), tmp_path / "one", tmp_path / "two"
+    write_series(one, voxels)
+    files = sorted(one.iterdir())
+    if case == "one in the other":
+        two = one / "more"
+    two.mkdir()
+    for file in files[10:]:
+        file.rename(two / file.name)
+    if case == "a slice in both":
+        shutil.copy(files[0], two / files[0].name)
+        shutil.copy(two / files[11].name, one / "0000a")
+        (two / files[0].name).rename(two / "zz")
+    elif case == "damage in both":
+        for folder in (one, two):
+            (folder / "zz.dcm").write_bytes(b"damaged")
+    elif case == "another series beside both":
+        write_series(tmp_path / "other", voxels[:, :, :1])
+        localizer = next((tmp_path / "other").iterdir())
+        for folder in (one, two):
+            shutil.copy(localizer, folder / "zz")
+        shutil.rmtree(localizer.parent)
+    elif case == "a slice each":
+        for number, file in enumerate(sorted([*one.iterdir(), *two.iterdir()])):
+            (tmp_path / f"{number:02}").mkdir()
+            file.rename(tmp_path / f"{number:02}" / file.name)
+    with pytest.warns(DcformerWarning, match="20 folders" if case == "a slice each" else "2 folders") as warned:
+        _names(tmp_path)
+    assert len(warned) == 1
+
+
+def test_the_contents_of_a_disc_are_no_scan(tmp_path: Path):
+    write_series(tmp_path / "disc" / "a", np.zeros((8, 8, 20), np.int16))
+    for name in ("DICOMDIR", "dicomdir"):
+        contents = tmp_path / "disc" / name
+        contents.write_bytes(bytes(128) + b"DICM")
+        assert _names(tmp_path / "disc") == _names(tmp_path / "disc" / "*") == ["a"]
+        with pytest.raises(InputError, match="the table of contents of a disc; name the folder of the slices"):
+            read_scan(contents, Preprocessing((64, 128, 128)), ReadOptions())
+        contents.unlink()
+
+
+def test_a_split_with_files_and_folders(tree: Path, tmp_path: Path):
+    one = next(tree.rglob("train_1_a_1.nii"))
+    assert len(_names(tree, one, split="valid")) == 3
+    assert len(find_tasks([str(tree), str(one)], "valid", {}, tmp_path / "out")) == 3
+    for find in (find_items, lambda given, split, options: find_tasks(given, split, options, tmp_path / "out")):
+        with pytest.raises(InputError, match="no folder was named; drop it"):
+            find([str(one)], "valid", {})
+    assert _names(tmp_path / "gone", split="valid") == ["gone"]  # a failed scan, which says that it is not there

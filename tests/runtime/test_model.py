@@ -30,6 +30,7 @@ def test_list_of_scans_equals_single_scans(model: Model, ct: Path):
     image, *_ = inputs()
     scans = [ct, image[0, 0], image[1, 0]]
     np.testing.assert_array_equal(model.embed_images(scans), np.stack([model.embed_image(scan) for scan in scans]))
+    np.testing.assert_array_equal(model.embed_images(np.array([str(ct)])), [model.embed_image(ct)])
 
 
 def test_prepared_scans(model: Model, ct: Path):

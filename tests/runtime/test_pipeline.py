@@ -8,22 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_gpu import install, kernels_on_host
 
-from dcformer_deploy.runtime import InferenceError, Model, load
+from dcformer_deploy.runtime import Model, load
 from dcformer_deploy.runtime.backends import Options, sampler
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.embedding_job import EmbeddingJob
 from dcformer_deploy.runtime.inputs import Item
 from dcformer_deploy.runtime.pipeline import Settings
-from dcformer_deploy.runtime.results import Prepared
 from dcformer_deploy.runtime.store import Identity, Store, read_store
 
 
@@ -170,85 +167,12 @@ def test_on_a_gpu(built: Path, scans: Path, tmp_path: Path, capsys, monkeypatch:
         report = _run(capsys, 0, built, scans, "--out", store, "--backend", "tensorrt", "--device", "cuda",
                       "--precision", "fp16", "--preprocess", where)
         assert report["embedded"] == 4
+        assert {stage["name"]: stage["workers"] for stage in report["stages"]}["inference"] == 2
         found.append({row["path"]: row["embedding"] for row in read_store(store).to_pylist()})
     assert found[0] == found[1]
     assert main(["embed", str(built), str(scans), "--out", str(tmp_path / "s"), "--backend", "tensorrt", "--device",
                  "cuda", "--precision", "fp16", "--batch", "4"]) == 2
     assert "--batch 4: the engine was built for at most 3; build with a larger --max-batch" in capsys.readouterr().err
-
-
-class _Slow(Model):
-    """Counts scans that were read and not yet computed."""
-
-    def __init__(self, bundle: Path, delay: float = 0.0) -> None:
-        real = load(bundle)
-        super().__init__(real._bundle, real._options)
-        self.delay, self.alive, self.most, self.lock = delay, 0, 0, threading.Lock()
-
-    def prepare(self, scan: object, threads: int | None = None, **_: object) -> Prepared:
-        with self.lock:
-            self.alive += 1
-            self.most = max(self.most, self.alive)
-        return Prepared(str(scan), {})
-
-    def embed_batch(self, scans: object) -> np.ndarray:
-        time.sleep(self.delay)
-        with self.lock:
-            self.alive -= len(scans)  # type: ignore[arg-type]
-        rows = np.ones((len(scans), 512), np.float32)  # type: ignore[arg-type]
-        return rows / np.sqrt(np.float32(512))
-
-
-def _identity(model: Model) -> Identity:
-    manifest = model.manifest
-    assert manifest.zero_shot is not None
-    return Identity(manifest.results_digest("fp32"), manifest.encoder, "fp32", 512, manifest.zero_shot.classes, {})
-
-
-def _items(folder: Path, count: int) -> list[Item]:
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{index}.nii.gz" for index in range(count)]
-    for index, path in enumerate(paths):
-        path.write_bytes(index.to_bytes(4, "little"))
-    return [Item(path) for path in paths]
-
-
-@pytest.mark.parametrize("count", [20, 200])
-def test_scans_in_memory_do_not_grow_with_their_number(pristine_bundle: Path, tmp_path: Path, count: int):
-    model = _Slow(pristine_bundle, delay=0.002)
-    with Store(tmp_path / "s", _identity(model)) as store:
-        report = EmbeddingJob(store).run(model, Settings(readers=3, batch=2, waiting=4), _items(tmp_path / "f", count))
-    assert report.embedded == count
-    assert model.most <= 3 + 4
-    assert report.limit == "inference"
-    assert len(read_store(tmp_path / "s")) == count
-
-
-@pytest.mark.parametrize("inferences", [1, 2])
-def test_inferences_at_the_same_time(pristine_bundle: Path, tmp_path: Path, inferences: int):
-    """Two, where there are two: the first one waits here for the second."""
-    model, running, most, both = _Slow(pristine_bundle), [0], [0], threading.Event()
-    compute = model.embed_batch
-
-    def embed_batch(scans: list[Prepared]) -> np.ndarray:
-        with model.lock:
-            running[0] += 1
-            most[0] = max(most[0], running[0])
-        if running[0] == 2:
-            both.set()
-        if inferences == 2:
-            assert both.wait(20)
-        with model.lock:
-            running[0] -= 1
-        return compute(scans)
-
-    model.embed_batch = embed_batch  # type: ignore[method-assign]
-    with Store(tmp_path / "s", _identity(model)) as store:
-        settings = Settings(readers=3, batch=2, waiting=4, inferences=inferences)
-        report = EmbeddingJob(store).run(model, settings, _items(tmp_path / "f", 25))
-    assert (most[0], report.embedded, len(read_store(tmp_path / "s"))) == (inferences, 25, 25)
-    assert model.most <= 3 + 4
-    assert all(stage.busy <= 1 for stage in report.stages)
 
 
 def _copies(scan: Path, folder: Path, count: int) -> Path:
@@ -261,6 +185,7 @@ def _copies(scan: Path, folder: Path, count: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_cores")
 def test_peak_memory_does_not_grow_with_the_number_of_scans(pristine_bundle: Path, scans: Path, tmp_path: Path):
     """Ten times more scans; if what is read of each were kept, 1.5 MB, that would be 270 MB more."""
     peaks = []
@@ -275,33 +200,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_scans(pristine_bundle: Pat
     assert peaks[1] < peaks[0] + 30, peaks
 
 
-def test_a_model_that_fails_ends_it_and_keeps_what_is_finished(pristine_bundle: Path, tmp_path: Path):
-    model = _Slow(pristine_bundle)
-    computed = []
-
-    def fail_later(scans: list[Prepared]) -> np.ndarray:
-        if len(computed) == 5:
-            raise InferenceError("out of memory")
-        computed.append(scans)
-        return np.full((len(scans), 512), np.float32(512) ** -0.5, np.float32)
-
-    model.embed_batch = fail_later  # type: ignore[method-assign]
-    items = _items(tmp_path / "f", 9)
-    with pytest.raises(InferenceError, match="out of memory .batch of 1; what was finished before is in the store"), \
-            Store(tmp_path / "s", _identity(model)) as store:
-        EmbeddingJob(store).run(model, Settings(), items)
-    assert len(read_store(tmp_path / "s")) == 5
-
-
-def test_embeddings_that_are_no_numbers_are_failures(pristine_bundle: Path, tmp_path: Path):
-    model = _Slow(pristine_bundle)
-    model.embed_batch = lambda scans: np.full((len(scans), 512), np.nan, np.float32)  # type: ignore[method-assign]
-    with Store(tmp_path / "s", _identity(model)) as store:
-        report = EmbeddingJob(store).run(model, Settings(), _items(tmp_path / "f", 1))
-    assert (report.embedded, report.failed) == (0, 1)
-    assert "NaN" in read_store(tmp_path / "s").to_pylist()[0]["error"]
-
-
+@pytest.mark.usefixtures("all_cores")
 def test_killed_at_any_time(pristine_bundle: Path, scans: Path, tmp_path: Path):
     """kill -9, again and again at random: no part is ever damaged, nothing finished is lost, and it comes to an end."""
     folder, store = _copies(scans / "a.nii.gz", tmp_path / "many", 40), tmp_path / "s"

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import inspect
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,21 +234,6 @@ def test_requests_at_once(built: Path, expected: Model, library: FakeTensorRt):
     for array, one in zip(found, volumes, strict=True):
         np.testing.assert_array_equal(array, expected.image_outputs(one, ["feature_map"])["feature_map"])
     assert 1 <= library.contexts <= tensorrt.SLOTS
-
-
-def test_waiting_for_a_slot(built: Path, library: FakeTensorRt):
-    """A third request waits until one of two ends."""
-    options = Options("cuda", backend="tensorrt", precision="fp16")
-    backend = tensorrt.TensorRtBackend(open_bundle(built), "text", options, slots=2)
-    feeds = {name: np.ones((1, 4), np.int64) for name in ("input_ids", "attention_mask")}
-    with backend._slot(), backend._slot():
-        waiting = threading.Thread(target=lambda: backend.run(feeds, ["text_embedding"]), daemon=True)
-        waiting.start()
-        waiting.join(0.2)
-        assert waiting.is_alive()
-    waiting.join(20)
-    assert not waiting.is_alive()
-    assert library.contexts == 2
 
 
 @pytest.mark.parametrize("call", [

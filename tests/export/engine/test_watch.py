@@ -231,6 +231,7 @@ def test_errors_of_other_threads_are_not_this_ones():
     earlier = Log(library)
 
     def fail(words: str) -> None:
+        threading.current_thread()  # as logging asks, which makes one of no thread of its own known to it
         earlier.logger.log(trt.ILogger.ERROR, words)
         earlier.logger.log(trt.ILogger.WARNING, f"not {words}")
 
@@ -241,7 +242,9 @@ def test_errors_of_other_threads_are_not_this_ones():
     other.start()
     other.join()
     _thread.start_new_thread(fail, ("the library's own",))  # of which Python's threading knows nothing
+    deadline = time.monotonic() + 20
     while log.last() == "no reason given":
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     fail("mine")
     fail("mine")
