@@ -35,10 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def all_cores() -> Iterator[None]:
     """For processes and threads that a test starts: those of the machine, not only this worker's."""
-    if not cores.ALL:
+    own = os.sched_getaffinity(0) if cores.ALL else set()
+    if own == set(cores.ALL):
         yield
         return
-    own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores.ALL)
     yield
     os.sched_setaffinity(0, own)
