@@ -26,7 +26,7 @@ def is_dicom_source(path: str | Path) -> bool:
 
 
 def find_dicom(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Below a folder, itself included: folders that hold DICOM files, with the first of these, and zip files, twice."""
+    """Below a folder, itself included: a folder that holds DICOM files and the first of them; a zip file and itself."""
     for place, folders, files in os.walk(folder, onerror=_told):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = sorted(name for name in files if not name.startswith("."))
