@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -73,6 +73,14 @@ class _Read:
 _Queue = queue.SimpleQueue[_Read | list[Outcome] | BaseException]
 
 
+def _hand_on(arrived: _Queue, work: Callable[[Any], _Read | list[Outcome]], argument: Any) -> None:
+    """What a thread does; an error is handed to the thread that waits."""
+    try:
+        arrived.put(work(argument))
+    except BaseException as error:
+        arrived.put(error)
+
+
 def _taken(arrived: _Queue) -> _Read | list[Outcome]:
     """The next result; raises what was raised in its place."""
     found = arrived.get()
@@ -117,7 +125,7 @@ class Pipeline:
         in_flight = 0
         while True:
             while in_flight < self._settings.readers and (item := next(todo, None)) is not None:
-                pool.submit(self._hand_on, arrived, item, compute=True)
+                pool.submit(_hand_on, arrived, self._read_and_compute, item)
                 in_flight += 1
             if not in_flight:
                 return
@@ -125,19 +133,9 @@ class Pipeline:
             yield from [found.outcome] if isinstance(found, _Read) else found
             in_flight -= 1
 
-    def _hand_on(self, arrived: _Queue, item: Item, compute: bool) -> None:
-        """What a reader does."""
-        try:
-            found = self._read(item)
-            arrived.put(list(self._compute([found])) if compute and found.prepared is not None else found)
-        except BaseException as error:  # handed to the thread that waits
-            arrived.put(error)
-
-    def _hand_on_batch(self, arrived: _Queue, reads: list[_Read]) -> None:
-        try:
-            arrived.put(list(self._compute(reads)))
-        except BaseException as error:  # as above
-            arrived.put(error)
+    def _read_and_compute(self, item: Item) -> _Read | list[Outcome]:
+        found = self._read(item)
+        return found if found.prepared is None else self._compute([found])
 
     def _apart(self, pool: ThreadPoolExecutor, todo: Iterator[Item], arrived: _Queue) -> Iterator[Outcome]:
         """Keep readers at work and compute what arrives."""
@@ -150,7 +148,7 @@ class Pipeline:
                     item = next(todo, None)
                     exhausted = item is None
                     if item is not None:
-                        pool.submit(self._hand_on, arrived, item, compute=False)
+                        pool.submit(_hand_on, arrived, self._read, item)
                         reading += 1
                 if not reading and not ready and not computing:
                     return
@@ -158,7 +156,7 @@ class Pipeline:
                 is_full = len(ready) >= given.batch or (exhausted and not reading)
                 if ready and batches < given.inferences and (is_full or (not batches and arrived.empty())):
                     count = min(given.batch, len(ready))
-                    computers.submit(self._hand_on_batch, arrived, ready[:count])
+                    computers.submit(_hand_on, arrived, self._compute, ready[:count])
                     del ready[:count]  # and no name is left for them: they are gone once they are computed
                     batches, computing = batches + 1, computing + count
                     continue
@@ -205,7 +203,7 @@ class Pipeline:
             spacing_hwd_mm=prepared.spacing_hwd_mm, hounsfield=prepared.hounsfield,
             notes=prepared.notes), "embedded", seconds), prepared)
 
-    def _compute(self, reads: list[_Read]) -> Iterator[Outcome]:
+    def _compute(self, reads: list[_Read]) -> list[Outcome]:
         start = time.perf_counter()
         try:
             embeddings = self._model.embed_batch([read.prepared for read in reads if read.prepared is not None])
@@ -218,15 +216,16 @@ class Pipeline:
         except InferenceError as error:
             raise InferenceError(f"{error} (batch of {len(reads)}; what was finished before is in the store)"
                                  ) from error
-        each = (time.perf_counter() - start) / len(reads)
+        outcomes, each = list[Outcome](), (time.perf_counter() - start) / len(reads)
         for index, read in enumerate(reads):
             row, seconds = read.outcome.entry, {**read.outcome.seconds, "inference": each}
             if finite[index]:
                 row = replace(row, embedding=embeddings[index], scores=scores[index] if scores.shape[1] else None)
-                yield Outcome(row, "embedded", seconds)
+                outcomes.append(Outcome(row, "embedded", seconds))
             else:
                 told = f"{row.path}: its embedding holds NaN or infinite values"
-                yield Outcome(replace(row, error=told), "failed", seconds)
+                outcomes.append(Outcome(replace(row, error=told), "failed", seconds))
+        return outcomes
 
 
 def table_of(item: Item) -> str | None:

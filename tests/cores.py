@@ -1,7 +1,7 @@
 """Each of xdist's workers on cores of its own; imported before everything that starts threads.
 
-Two workers whose libraries each take all cores spin while they wait for each other's threads: what takes 6 s on a core
-then takes 25. `make test-all` runs in one process, on all cores.
+Two workers whose libraries each take all cores spin while they wait for each other's threads, which makes a calibration
+take several times as long as on one core. `make test-all` runs in one process, on all cores.
 """
 
 import contextlib
