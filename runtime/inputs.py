@@ -16,6 +16,7 @@ from .errors import DcformerWarning, InputError
 from .files import require_file
 from .scan_files import ScanPath, SliceFiles, as_scan, named, require_scan, together
 from .volume.dicom_source import is_contents, is_slice, may_be_slice
+from .volume.dicom_split import warn_of_parts
 from .volume.folder import NoScans, find_scans
 
 #: Columns of a list that may hold the path.
@@ -45,14 +46,15 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
     Raises:
         InputError: nothing there, a list without a column of paths, a folder without scans, a split without a folder.
     """
-    found_paths: list[tuple[ScanPath, Path | None]] = []
     inputs = list(inputs)
     require_folder(inputs, split)
-    for given in inputs:
-        found_paths += _expand(given, split)
-    metadata = {path: table for path, table in found_paths if table is not None}
+    found_scans = [scan for given in inputs for scan in _expand(given, split)]
+    metadata = {scan.path: scan.metadata for scan in found_scans if scan.metadata is not None}
+    paths = slices_together(scan.path for scan in found_scans)
+    searched = {scan.path: scan.folder for scan in found_scans}
+    warn_of_parts({path: searched.get(path) or path for path in paths})
     found = []
-    for path in slices_together(path for path, _ in found_paths):
+    for path in paths:
         own = {"metadata": metadata[path]} if path in metadata else {}
         found.append(Item(path.absolute(), {**own, **options}))
     if not found:
@@ -95,7 +97,9 @@ def named_scans(given: Iterable[str | ScanPath]) -> list[ScanPath]:
     found: list[ScanPath] = []
     for path in given:
         found += _matches(str(path)) if _is_pattern(path) else [as_scan(path)]
-    return slices_together(found)
+    scans = slices_together(found)
+    warn_of_parts({path: path for path in scans})
+    return scans
 
 
 def one_scan(given: Iterable[str | ScanPath]) -> ScanPath:
@@ -140,24 +144,32 @@ def require_there(inputs: Iterable[str | ScanPath]) -> None:
             require_scan(as_scan(given))
 
 
-def _expand(given: str | ScanPath, split: str | None) -> Iterator[tuple[ScanPath, Path | None]]:
+@dataclass(frozen=True)
+class _Found:
+    path: ScanPath
+    metadata: Path | None = None
+    #: That was searched.
+    folder: Path | None = None
+
+
+def _expand(given: str | ScanPath, split: str | None) -> Iterator[_Found]:
     if isinstance(given, SliceFiles):
-        yield given, None
+        yield _Found(given)
         return
     path = named(given)
     if path.is_dir():
-        yield from find_scans(path, split)
+        yield from (_Found(scan, metadata, path) for scan, metadata in find_scans(path, split))
     elif path.suffix.lower() in _LISTS:
-        yield from ((entry, None) for entry in _read_list(path))
+        yield from map(_Found, _read_list(path))
     elif _is_pattern(given):
         for match in _matches(str(given)):
             try:
-                yield from _expand(match, split) if match.is_dir() else [(match, None)]
+                yield from _expand(match, split) if match.is_dir() else [_Found(match)]
             except NoScans as error:
                 warnings.warn(f"passed over: {error}", DcformerWarning, stacklevel=2)
     else:
         # One that is not there is a failed scan of its own, as is one that cannot be read.
-        yield path, None
+        yield _Found(path)
 
 
 def _read_list(path: Path) -> list[Path]:

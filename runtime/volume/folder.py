@@ -8,15 +8,14 @@ columns, wherever below the folder they lie.
 from __future__ import annotations
 
 import csv
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import DcformerWarning, InputError, suggestion
+from ..errors import InputError, suggestion
 from ..files import require_file
 from .dicom_source import find_dicom, is_dicom_source
-from .dicom_split import split_series
+from .dicom_split import warn_of_split
 from .prepared import SUFFIX, is_prepared
 
 NAME_COLUMN = "VolumeName"
@@ -72,10 +71,7 @@ def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
 def _dicom(folder: Path, taken: Mapping[str, Path]) -> dict[str, Path]:
     """Folders of slices and zip files, by the name that a table would use; by their path where that is not unique."""
     found = dict(find_dicom(folder))
-    for parts in split_series({path: first for path, first in found.items() if path != first}):
-        warnings.warn(f"{len(parts)} folders hold slices of one series, {parts[0]} and {parts[1]} among them: each is "
-                      "taken for a scan of its own, which is a part of what was scanned; put them into one folder, "
-                      "under different names", DcformerWarning, stacklevel=4)
+    warn_of_split({path: first for path, first in found.items() if path != first})
     names = Counter(path.stem if path.suffix == ".zip" else path.name for path in found)
     volumes = {}
     for path in found:

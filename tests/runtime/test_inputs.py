@@ -11,7 +11,7 @@ from dicoms import write_series
 
 from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.errors import DcformerWarning
-from dcformer_deploy.runtime.inputs import find_items
+from dcformer_deploy.runtime.inputs import find_items, named_scans
 from dcformer_deploy.runtime.manifest import Preprocessing
 from dcformer_deploy.runtime.preparing import find_tasks
 from dcformer_deploy.runtime.volume import ReadOptions, read_scan
@@ -128,6 +128,29 @@ def test_series_that_are_split_all_the_same(tmp_path: Path, case: str):
     with pytest.warns(DcformerWarning, match="20 folders" if case == "a slice each" else "2 folders") as warned:
         _names(tmp_path)
     assert len(warned) == 1
+
+
+def test_parts_of_a_series_that_are_named_apart(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    one, two = tmp_path / "set" / "one", tmp_path / "set" / "two"
+    write_series(one, np.zeros((8, 8, 20), np.int16))
+    write_series(tmp_path / "whole", np.zeros((8, 8, 20), np.int16))
+    shutil.copytree(one, tmp_path / "copy")
+    for named in ([one, tmp_path / "copy", tmp_path / "whole"], [one, one, str(one / "*")]):
+        named_scans(named)
+        _names(*named)
+    assert not recwarn.list
+    two.mkdir()
+    for file in sorted(one.iterdir())[10:]:
+        file.rename(two / file.name)
+    listed = tmp_path / "list.csv"
+    listed.write_text("path\nset/one\nset/two\n")
+    for named in ([one, two], [str(tmp_path / "set" / "*")], [*one.iterdir(), *two.iterdir()], [one, *two.iterdir()],
+                  [listed], [tmp_path / "set"], [tmp_path / "set", tmp_path / "whole"]):
+        with pytest.warns(DcformerWarning, match="2 folders hold slices of one series, .*one and .*two") as warned:
+            _names(*named)
+        assert len(warned) == 1, named
+    with pytest.warns(DcformerWarning, match="2 folders"):
+        named_scans([one, *two.iterdir()])
 
 
 def test_the_contents_of_a_disc_are_no_scan(tmp_path: Path):
