@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backends import Options
+from ..runtime.backends.onnxruntime import import_onnxruntime, session_options
 from ..runtime.backends.openvino import cpu_settings, shared_core
 from ..runtime.bundle import open_bundle
 from ..runtime.errors import InputError
@@ -90,10 +91,7 @@ def _add_up(events: Iterable[tuple[str, float]], runs: int) -> list[OperatorTime
 
 def _onnxruntime(path: Path, options: Options, feeds: Mapping[str, NDArray[Any]],
                  runs: int) -> Iterator[tuple[str, float]]:
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = options.thread_count
+    onnxruntime, settings = import_onnxruntime(), session_options(options.thread_count)
     settings.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         settings.profile_file_prefix = str(Path(folder) / "profile")

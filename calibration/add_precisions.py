@@ -206,7 +206,7 @@ def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path,
     weights = Weights()
     if correlations is not None:
         weights = compensated(image, limits, correlations, choice.stays_float)
-    keep, decided = choice.decide(image, limits, Stopwatch(Options()))
+    keep, decided = choice.decide(image, limits, Stopwatch(Options(precision="int8")))
     found = weights.quantize(image, limits, keep)
     file = WeightsFile(folder / "image.int8.weights")
     graphs = [_save(found.proto, folder, "image", "int8", weights=file)]
@@ -234,7 +234,7 @@ def _add_int8(bundle: Bundle, record: Record, choice: Choice, folder: Path,
 def _int8_for(bundle: Bundle, form: Graph, limits: Mapping[str, float], choice: Choice, weights: Weights,
               general: onnx.ModelProto, folder: Path, file: WeightsFile) -> tuple[Graph | None, Collection[str]]:
     """A back end's form of the graph in INT8, if that is faster there than the one for any; its depthwise layers."""
-    proto, stopwatch = load_graph(bundle, form), Stopwatch(Options(backend=form.target))
+    proto, stopwatch = load_graph(bundle, form), Stopwatch(Options(backend=form.target, precision="int8"))
 
     def keep(layer: Layer) -> bool:
         return choice.stays_float(layer) or reads_stacked_planes(layer)
@@ -284,8 +284,9 @@ def _require_same_anywhere(folder: Path, graph: Graph, manifest: Manifest) -> No
     on the graph, so the bound is on the whole: noise 20 dB below the signal.
     """
     feeds = _random_feeds(graph, manifest)
-    expected, found = (open_graph(folder / graph.file, Options(backend=name)).run(feeds, ["feature_map"])[0]
-                       for name in ("onnxruntime", graph.target))
+    backends = (open_graph(folder / graph.file, Options(backend=name, precision="int8"))
+                for name in ("onnxruntime", graph.target))
+    expected, found = (backend.run(feeds, ["feature_map"])[0] for backend in backends)
     difference = signal_to_noise_db(energy(expected), energy(expected, found))
     if not difference >= _SMALLEST_AGREEMENT_DB:
         raise CheckFailed(f"{graph.file}: {graph.target} computes something else than onnxruntime ("

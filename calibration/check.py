@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..runtime.backends import Backend, Options, open_graph
+from ..runtime.backends.base import CPU_BACKENDS
 from ..runtime.backends.device import Device
 from ..runtime.backends.sampler import Sampler
 from ..runtime.bundle import Bundle
@@ -107,7 +109,7 @@ class _Reference:
         self.names = [name for name in OUTPUTS[self.role] if name in {output.name for output in graph.outputs}]
         self._volumes, self._tokens = volumes, tokens
         self._feeds = self.feeds(graph)
-        self._exact = self.run(open_graph(bundle.path(graph.file), _cpu(options, "onnxruntime")), self._feeds)
+        self._exact = self.run(open_graph(bundle.path(graph.file), Options(threads=options.threads)), self._feeds)
         self._rest = None
         if "codes" in self.names:
             self._rest = open_part(load_graph(bundle, graph), ["image_embedding"], options.thread_count, ["codes"])
@@ -202,10 +204,11 @@ def check(bundle: Bundle, volumes: Sequence[NDArray[np.float32]], tokens: Sequen
         bounds = LEAST_OF_NOISY if noisy and role == "image" else LEAST[role]
         noise: dict[str, float] = {}
         for graph in bundle.manifest.graphs:
-            if graph.role == role and graph is not exact:
-                on_file(graph.file)
-                rows.append(_check_graph(bundle, graph, reference, options, bounds[graph.precision]))
-                noise[graph.file] = rows[-1].sqnr_db or 0.0
+            for backend in _back_ends(bundle, graph) if graph.role == role else ():
+                if graph is not exact or backend != CPU_BACKENDS[0]:
+                    on_file(graph.file)
+                    rows.append(_check_graph(bundle, graph, backend, reference, options, bounds[graph.precision]))
+                    noise.setdefault(graph.file, rows[-1].sqnr_db or 0.0)
         for record in records:
             if record.role == role:
                 on_file(record.engine)
@@ -216,20 +219,32 @@ def check(bundle: Bundle, volumes: Sequence[NDArray[np.float32]], tokens: Sequen
     return rows
 
 
-def _cpu(options: Options, backend: str) -> Options:
-    return Options(threads=options.threads, backend=backend)
+def _back_ends(bundle: Bundle, graph: Graph) -> Iterator[str]:
+    """On which a graph is run: those of this machine's CPU that it is for, or the one that emulates GPUs."""
+    if graph.target in CPU_BACKENDS:
+        yield graph.target
+        return
+    yield CPU_BACKENDS[0]
+    is_run_by_it = bundle.manifest.graph(graph.role, graph.precision, "openvino") is graph
+    if is_run_by_it and not _is_emulated(graph) and find_spec("openvino") is not None:
+        yield "openvino"
 
 
-def _check_graph(bundle: Bundle, graph: Graph, reference: _Reference, options: Options, least: Least) -> Row:
-    """On the back end that it is made for; one for GPUs, or in 16 bits, with every rounding."""
-    emulated = graph.target == GPU_TARGET or (graph.target == ANY_TARGET and graph.precision == "fp16")
-    backend = "onnxruntime" if graph.target in (ANY_TARGET, GPU_TARGET) else graph.target
+def _is_emulated(graph: Graph) -> bool:
+    return graph.target == GPU_TARGET or (graph.target == ANY_TARGET and graph.precision == "fp16")
+
+
+def _check_graph(bundle: Bundle, graph: Graph, backend: str, reference: _Reference, options: Options, least: Least
+                 ) -> Row:
+    """One for GPUs, or in 16 bits, with every rounding."""
+    emulated = _is_emulated(graph)
+    own = Options(threads=options.threads, backend=backend, precision="fp32" if emulated else graph.precision)
     row = Row(graph.file, graph.role, graph.precision, f"{backend}, emulated" if emulated else backend)
     try:
         if graph.weights is not None:
             bundle.path(graph.weights)
-        opened = (EmulatedBackend(load_graph(bundle, graph), _cpu(options, backend)) if emulated else
-                  open_graph(bundle.path(graph.file), _cpu(options, backend)))
+        opened = (EmulatedBackend(load_graph(bundle, graph), own) if emulated else
+                  open_graph(bundle.path(graph.file), own))
         found = reference.run(opened, reference.feeds(graph))
     except DcformerError as error:
         return dataclasses.replace(row, not_run=str(error))

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ..runtime.backends.onnxruntime import import_onnxruntime
+from ..runtime.backends.onnxruntime import import_onnxruntime, session_options
 from .compensate import Correlations
 from .histogram import Histogram
 
@@ -89,9 +89,7 @@ def open_part(proto: onnx.ModelProto, outputs: Sequence[str], threads: int, give
     """An onnxruntime session for the part of a graph that computes some of its values, from its inputs and others."""
     part = _part(proto, outputs, given)
     library = import_onnxruntime()
-    settings = library.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.log_severity_level = 4
+    settings = session_options(threads)
     # What is fused away could not be asked for.
     settings.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return library.InferenceSession(part.SerializeToString(), settings, providers=["CPUExecutionProvider"])

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from ..runtime.backends.onnxruntime import import_onnxruntime
+from ..runtime.backends.onnxruntime import import_onnxruntime, session_options
 from ..runtime.errors import InputError
 from ..runtime.model import Model
 from .integers import Weights
@@ -161,10 +161,7 @@ def _multiply_adds(layer: Layer) -> float:
 
 
 def _run(proto: onnx.ModelProto, feeds: Sequence[Mapping[str, NDArray[np.floating]]], threads: int) -> Outputs:
-    library = import_onnxruntime()
-    settings = library.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.log_severity_level = 4
-    session = library.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(proto.SerializeToString(), session_options(threads),
+                                                    providers=["CPUExecutionProvider"])
     found = [session.run(["image_embedding", "feature_map"], dict(feed)) for feed in feeds]
     return Outputs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))

@@ -63,7 +63,8 @@ def load(bundle: str | Path, device: str = "cpu", threads: int | None = None, ve
 class Model:
     """A loaded bundle, whose methods may be called from several threads.
 
-    Graphs are opened when first used, but for what the back end "auto" tries on a GPU.
+    Graphs are opened when first used, but for what the back end "auto" tries on a GPU; ``describe`` opens the image
+    tower, so that a service learns at its start what its first request would tell it.
 
     Embeddings are float32 with unit length. ``choice``: with the back end "auto", which was chosen and why.
     """

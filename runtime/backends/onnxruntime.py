@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError, DcformerWarning, DeviceUnavailable, InferenceError, MissingDependency, install
 from ..files import cache_folder
+from . import saturation
 from .base import Options
 
 _PROVIDERS = {("onnxruntime", "cpu"): "CPUExecutionProvider", ("onnxruntime", "cuda"): "CUDAExecutionProvider",
@@ -70,16 +71,39 @@ def _hush() -> None:
     onnxruntime.set_default_logger_severity(_FATAL_LEVEL)
 
 
+def session_options(threads: int, on_cpu: bool = True) -> Any:
+    """What every session is told. Raises ``MissingDependency`` if onnxruntime is not installed."""
+    settings = _options(import_onnxruntime(), threads)
+    if on_cpu and int8_saturates():
+        # Not session.x64quantprecision, which is for this, but refuses graphs (onnxruntime 1.32).
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    return settings
+
+
+def _options(library: Any, threads: int) -> Any:
+    settings = library.SessionOptions()
+    settings.log_severity_level = _FATAL_LEVEL
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    return settings
+
+
+@functools.cache
+def int8_saturates() -> bool:
+    """Whether INT8 sums overflow here (see ``saturation``). Raises ``MissingDependency`` without onnxruntime."""
+    library = import_onnxruntime()
+    session = library.InferenceSession(str(saturation.SUM), _options(library, 1), providers=["CPUExecutionProvider"])
+    return not saturation.is_exact(session.run(["y"], {"x": saturation.largest_input()})[0])
+
+
 class OnnxRuntimeBackend:
     """One ONNX Runtime session. See ``Backend``."""
 
     def __init__(self, path: Path, options: Options) -> None:
         library = import_onnxruntime()
         provider = _PROVIDERS[options.backend, options.device]
-        settings = library.SessionOptions()
-        settings.log_severity_level = _FATAL_LEVEL
-        settings.intra_op_num_threads = options.thread_count
-        settings.inter_op_num_threads = 1
+        on_cpu = options.device == "cpu"
+        settings = session_options(options.thread_count, on_cpu)
         if options.backend == "onnxruntime-tensorrt-rtx":
             settings.add_provider_for_devices(_rtx_devices(library), {})
             chosen = {}
@@ -98,7 +122,11 @@ class OnnxRuntimeBackend:
             raise DeviceUnavailable(f"device {options.device!r}: {provider} did not start; onnxruntime fell back to "
                                     f"{self._session.get_providers()[0]}. Check the driver and CUDA libraries")
         self._path = path
-        self._description = f"onnxruntime {library.__version__}, {provider}, {options.thread_count} threads"
+        units = ""
+        if on_cpu and options.precision == "int8" and int8_saturates():
+            saturation.warn("onnxruntime")
+            units = ", INT8 in float32"
+        self._description = f"onnxruntime {library.__version__}, {provider}{units}, {options.thread_count} threads"
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Compute the named outputs.

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 from numpy.typing import NDArray
 
 from ..errors import BundleError, DcformerWarning, DeviceUnavailable, InferenceError, MissingDependency, install
 from ..files import cache_folder
+from . import saturation
 from .base import Options
 
 #: Why it is not done all the same.
 NO_BFLOAT16 = "bf16: this CPU has no bfloat16 units, so it would be slower and less exact"
+#: Numbers are rounded as INT8's, products of them are float32.
+_INT8_OFF = {"LP_TRANSFORMS_MODE": "NO"}
+#: Of the cache: OpenVINO would take what it has compiled with other settings for the same.
+_IN_FLOAT = "int8-in-float32"
+_USAGE_DATA = "openvino_telemetry"
+_IMPORT_LOCK = threading.Lock()
 
 
 class OpenVinoBackend:
@@ -28,9 +38,10 @@ class OpenVinoBackend:
     """
 
     def __init__(self, path: Path, options: Options) -> None:
-        self._library, self._core = _import_openvino(), shared_core()
+        self._library, self._core = import_openvino(), shared_core()
         self._settings = cpu_settings(options)
-        if (cache := _cache()) is not None:
+        in_float = _INT8_OFF.items() <= self._settings.items()
+        if (cache := _cache(_IN_FLOAT if in_float else "")) is not None:
             self._settings["CACHE_DIR"] = str(cache)
         self._path = path
         self._compiled: dict[int | None, Any] = {}
@@ -38,14 +49,16 @@ class OpenVinoBackend:
         self._lock = threading.Lock()
         if options.precision == "bf16" and not has_bfloat16():
             raise DeviceUnavailable(f"{NO_BFLOAT16}; choose another --precision")
+        if in_float:
+            saturation.warn("openvino")
         with self._reading():
             self._model = self._core.read_model(str(path))
         batches = [shape for shape in (tensor.partial_shape for tensor in self._model.inputs)
                    if shape[0].is_dynamic and all(not side.is_dynamic for side in list(shape)[1:])]
         self._only_batch_is_dynamic = len(batches) == len(self._model.inputs)
         self._compile(self._key(1))
-        bfloat16 = ", bfloat16" if options.precision == "bf16" else ""
-        self._description = f"openvino {self._library.__version__}, CPU{bfloat16}, {options.thread_count} threads"
+        units = ", bfloat16" if options.precision == "bf16" else ", INT8 in float32" if in_float else ""
+        self._description = f"openvino {self._library.__version__}, CPU{units}, {options.thread_count} threads"
 
     def _key(self, batch: int) -> int | None:
         return 1 if self._only_batch_is_dynamic and batch == 1 else None
@@ -102,7 +115,7 @@ def shared_core() -> Any:
     goes. Of two cores the one that goes last brings back the stack of the other, which is gone: the next signal, such
     as Ctrl-C, ends the process, or writes into what has the memory now. Seen with openvino 2026.4.
     """
-    library = _import_openvino()
+    library = import_openvino()
     with _CORE_LOCK:
         if not _CORES:
             _CORES.append(library.Core())
@@ -114,11 +127,24 @@ def has_bfloat16() -> bool:
     return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+@functools.cache
+def int8_saturates() -> bool:
+    """Whether INT8 sums overflow here (see ``saturation``). Raises ``MissingDependency`` without openvino."""
+    core = shared_core()
+    model = core.compile_model(core.read_model(saturation.SUM), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = model.create_infer_request()
+    request.infer([saturation.largest_input()])
+    return not saturation.is_exact(request.get_output_tensor().data)
+
+
 def cpu_settings(options: Options) -> dict[str, Any]:
     """What OpenVINO is told when it compiles."""
     # Without the hint OpenVINO computes in bfloat16 wherever the CPU can, which nobody asked for.
-    return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.thread_count,
-            "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32"}
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.thread_count,
+                "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32"}
+    if options.precision == "int8" and int8_saturates():
+        settings |= _INT8_OFF
+    return settings
 
 
 def _fixed_sides(tensor: Any) -> list[int]:
@@ -126,9 +152,9 @@ def _fixed_sides(tensor: Any) -> list[int]:
     return [side.get_length() for side in list(tensor.partial_shape)[1:]]
 
 
-def _cache() -> Path | None:
+def _cache(part: str) -> Path | None:
     """Where compiled models are kept; None, with a warning, where nothing can be written."""
-    folder = cache_folder() / "openvino"
+    folder = cache_folder() / "openvino" / part
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -140,13 +166,32 @@ def _cache() -> Path | None:
     return folder
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
+    """The library, which sends nothing. Raises ``MissingDependency`` if it is not installed."""
     try:
-        import openvino
+        with _IMPORT_LOCK, _no_usage_data():
+            import openvino
     except ImportError as error:
         raise MissingDependency(f"the openvino back end: openvino is not installed (or broken: {error}); "
                                 f"{install('openvino')}") from error
     return openvino
+
+
+@contextmanager
+def _no_usage_data() -> Iterator[None]:
+    """Import openvino as where its package for usage data is not installed.
+
+    With it each import is told to Google Analytics, with an identifier kept in ~/intel; only a file in the user's home
+    would turn that off. Seen with openvino 2026.4. A hospital's program must not.
+    """
+    if "openvino" in sys.modules or _USAGE_DATA in sys.modules:
+        yield
+        return
+    sys.modules[_USAGE_DATA] = cast(ModuleType, None)  # makes its import an ImportError, for which openvino is prepared
+    try:
+        yield
+    finally:
+        del sys.modules[_USAGE_DATA]
 
 
 def _brief(error: Exception) -> str:

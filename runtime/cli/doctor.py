@@ -17,7 +17,7 @@ import click
 from ..backends import Options
 from ..backends.base import AUTO
 from ..backends.choose import choose_backend
-from ..backends.openvino import shared_core
+from ..backends.openvino import import_openvino, shared_core
 from ..bundle import open_bundle
 from ..errors import DcformerError, install, one_line
 from ..gpu import current_gpu
@@ -102,9 +102,7 @@ def _onnxruntime() -> str:
 def _openvino() -> str:
     if not _found("openvino"):
         return "not installed"
-    import openvino
-
-    return f"{openvino.__version__}: {', '.join(shared_core().available_devices)}"
+    return f"{import_openvino().__version__}: {', '.join(shared_core().available_devices)}"
 
 
 def _version(module: str) -> str:

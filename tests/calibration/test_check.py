@@ -11,6 +11,7 @@ import pytest
 from fake_gpu import install, with_engines
 from tokenizers import Tokenizer
 
+from dcformer_deploy.calibration import check
 from dcformer_deploy.calibration.check import random_tokens
 from dcformer_deploy.runtime.bundle import open_bundle, record_file, write_manifest
 from dcformer_deploy.runtime.cli.app import main
@@ -127,11 +128,14 @@ def test_engines(calibrated: Path, tmp_path: Path, capsys, monkeypatch: pytest.M
     assert all("image" in row["file"] for row in json.loads(captured.out) if row["passed"] is False)
 
 
-def test_nothing_to_compare(pristine_bundle: Path, tmp_path: Path, capsys):
+def test_nothing_to_compare(pristine_bundle: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     bundle = Path(shutil.copytree(pristine_bundle, tmp_path / "bundle"))
     manifest = open_bundle(bundle).manifest
     graphs = tuple(graph for graph in manifest.graphs if graph.target == "any")
     write_manifest(bundle, dataclasses.replace(manifest, graphs=graphs))
+    assert main(["check", str(bundle)]) == 0
+    assert "openvino" in capsys.readouterr().out
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
     assert main(["check", str(bundle)]) == 2
     assert "there is nothing to compare" in capsys.readouterr().err
 
