@@ -24,7 +24,8 @@ _COLUMNS = ("file", "run by", "SQNR, dB", "at least", "cosine, worst", "largest 
               help="Folder of scans; default: made-up volumes, which find wrong kernels as well.")
 @click.option("--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Volumes to run.")
 @click.option("--split", metavar="NAME", help="'valid' or 'train', where the folder holds both.")
-@click.option("--require-engines", is_flag=True, help="Fail, with exit code 3, if an engine cannot run here.")
+@click.option("--require-engines", is_flag=True,
+              help="Fail, with exit code 3, if an engine cannot run here, or if the bundle holds none.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; by default every usable core.")
 @json_option
 def command(bundle: Path, data: Path | None, samples: int, split: str | None, require_engines: bool,
