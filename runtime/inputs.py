@@ -38,8 +38,8 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
 
     Args:
         inputs: scans; folders, in CT-RATE's layout or any other; patterns with ``*``; CSV or Parquet files with a
-            column ``path``, relative to the list's own folder. DICOM files of one folder are one scan, however they
-            are named.
+            column of ``PATH_COLUMNS``, relative to the list's own folder. DICOM files of one folder are one scan,
+            however they are named.
         split: "valid" or "train", where a folder in CT-RATE's layout holds both.
         options: how to read every scan, as in ``Model.preprocess``; on top of what a folder's table of metadata says.
 

@@ -58,7 +58,7 @@ def command(
     address: str | None, workers: int | None, retry: bool, keep_going: bool, as_json: bool, device: str,
     threads: int | None, backend: str, precision: str, preprocess: str, no_verify: bool, **read_options: Any,
 ) -> int:
-    """Embed scans: files, folders, patterns, or CSV and Parquet lists with a column `path`.
+    """Embed scans: files, folders, patterns, or CSV and Parquet lists with a column `path`, `volume` or `file`.
 
     STORE gets a row for each: embedding, zero-shot scores, content hash, how it was read, or its error. An interrupted
     run goes on where it stopped; what is there and unchanged is skipped. A SCAN that is not there ends the command at

@@ -19,7 +19,8 @@ from .output import print_json, progress
 @click.option("--split", default="valid", show_default=True,
               help="'valid' or 'train': names the files as CT-RATE does, and gives other volumes for the same seed.")
 @click.option("--voxel-mm", type=float, default=2.0, show_default=True, help="Typical in-plane spacing.")
-@click.option("--prevalence", type=float, default=0.22, show_default=True, help="Chance of each finding.")
+@click.option("--prevalence", type=float, default=0.22, show_default=True,
+              help="Chance of each finding, in the nine of ten phantoms that are not normal.")
 @click.option("--finding", "findings", multiple=True, metavar="NAME",
               help="Give every volume exactly these findings (repeat the option) instead of drawing them.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Processes; default: all usable cores.")

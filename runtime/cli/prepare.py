@@ -38,9 +38,10 @@ def command(bundle: Path, inputs: tuple[str, ...], out: Path, values: str, split
             threads: int | None, no_verify: bool, as_json: bool, **read_options: Any) -> int:
     """Read and preprocess scans once: what BUNDLE's image tower reads of each, compressed.
 
-    DIR is a data set like the one that it was made of, with its labels and reports, that every command takes in its
-    place, and reads many times faster: evaluate, calibrate, retention, sensitivity, check, embed, zeroshot. For a
-    bundle with another preprocessing it is refused. Exit code 2 if scans failed.
+    DIR is a data set like the one that it was made of, with its labels and reports, that evaluate, calibrate,
+    retention, sensitivity, check and embed take in its place, and read many times faster; zeroshot, classify, search,
+    profile and bench take its files, report and export do not. For a bundle with another preprocessing it is refused.
+    Exit code 2 if scans failed.
     """
     from ..preparing import copy_tables, find_tables, find_tasks, prepare_all
 
