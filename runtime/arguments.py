@@ -23,7 +23,7 @@ def require_preprocessed(volumes: NDArray[Any], spec: Preprocessing) -> None:
     if volumes.ndim != 4 or volumes.shape[1:] != spec.shape_dhw:
         sides = ", ".join(map(str, spec.shape_dhw))
         raise InputError(f"volumes: shape {list(volumes.shape)}; expected [batch, {sides}] (D, H, W), preprocessed")
-    if volumes.dtype.kind not in "fiu" or not volumes.size:
+    if volumes.dtype.kind != "f" or not volumes.size:
         raise InputError(f"volumes: {volumes.size} values of {volumes.dtype}; expected float32")
     low, high = float(volumes.min()), float(volumes.max())  # NaN anywhere makes both NaN
     if not np.isfinite([low, high]).all():
@@ -50,7 +50,7 @@ def require_tokens(ids: NDArray[np.integer], mask: NDArray[np.integer]
 def class_names(classes: Sequence[str]) -> tuple[str, ...]:
     """The names. Raises InputError unless they are texts, at least one, and each only once."""
     names = tuple(classes) if isinstance(classes, Iterable) else ()
-    if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(classes, str) or not all(isinstance(name, str) and name.strip() for name in names):
         raise InputError(f"classes: {classes!r}; expected a list of names")
     if not names or len(set(names)) != len(names):
         raise InputError("classes: expected at least one name, each only once")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
+import weakref
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import BundleError, DcformerWarning, InputError
@@ -13,17 +15,26 @@ from .files import require_writable_file, require_writable_folder, sha256_file
 from .manifest import MANIFEST_NAME, PRECISIONS, FileRecord, Manifest
 
 _LARGEST_MANIFEST_BYTES = 16 << 20
+_CHANGED = "changed since the bundle was opened; load it again"
 ENGINE_SUFFIX = ".engine"
 RECORD_SUFFIX = ".engine.json"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest; ``seen`` identifies each file as it was when checked."""
+    """An opened bundle: its folder and its manifest.
+
+    ``folder``: as it was named, for messages. ``seen`` identifies each file as it was when checked. ``root``: the
+    folder from wherever the process goes.
+    """
 
     folder: Path
     manifest: Manifest
     seen: Mapping[str, tuple[int, ...]]
+    root: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.folder.absolute())
 
     def path(self, name: str) -> Path:
         """Path of a file that the manifest lists.
@@ -31,14 +42,37 @@ class Bundle:
         Raises:
             BundleError: the file is no longer the one that was checked, for example because someone exported anew.
         """
-        path = self.folder / name
-        if not path.exists() or _identity(path) != self.seen[name]:
-            raise BundleError(f"{path}: changed since the bundle was opened; load it again")
+        path = self.root / name
+        if not path.exists():
+            raise BundleError(f"{self.folder / name}: no longer there; load the bundle again")
+        if _identity(path.stat()) != self.seen[name]:
+            raise BundleError(f"{self.folder / name}: {_CHANGED}")
         return path
 
+    def hold(self, name: str) -> HeldFile:
+        """A file that the manifest lists, to be asked later. Raises ``BundleError`` as ``path``."""
+        return HeldFile(self.path(name), self.folder / name, self.seen[name])
 
-def _identity(path: Path) -> tuple[int, ...]:
-    status = path.stat()
+
+class HeldFile:
+    """A file that a library has mapped into memory, and must not change for as long.
+
+    Held open: a file that was put in its place leaves it what it was.
+    """
+
+    def __init__(self, path: Path, name: Path, identity: tuple[int, ...]) -> None:
+        self._name, self._identity = name, identity
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.require_unchanged()
+
+    def require_unchanged(self) -> None:
+        """Raise BundleError if something was written into the file."""
+        if _identity(os.fstat(self._descriptor)) != self._identity:
+            raise BundleError(f"{self._name}: {_CHANGED}")
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -79,7 +113,7 @@ def open_bundle(folder: str | Path, verify: bool = True, engines: bool = False) 
         if is_engine_file(record.path) and not engines:
             continue
         path = folder / record.path
-        before = _identity(path) if path.exists() else ()
+        before = _identity(path.stat()) if path.exists() else ()
         check_file(folder, record, verify)
         seen[record.path] = before
     return Bundle(folder, manifest, seen)

@@ -140,8 +140,8 @@ def engine_records(bundle: Bundle) -> list[EngineRecord]:
     for file in bundle.manifest.files:
         if file.path.endswith(RECORD_SUFFIX):
             try:
-                check_file(bundle.folder, file)
-                found.append(read_record(bundle.folder / file.path))
+                check_file(bundle.root, file)
+                found.append(read_record(bundle.root / file.path))
             except BundleError as error:
                 warnings.warn(f"an engine is left out: {error}", DcformerWarning, stacklevel=2)
     return found
@@ -198,7 +198,7 @@ def read_engine(bundle: Bundle, record: EngineRecord) -> bytes:
     Raises:
         EngineRefused: missing, or other bytes.
     """
-    path = bundle.folder / record.engine
+    path = bundle.root / record.engine
     command = build_command(bundle.folder, record.precision, record.library)
     try:
         plan = path.read_bytes()

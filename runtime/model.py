@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,10 @@ from .backends.borrow import OnGpu, borrow, stack
 from .backends.choose import choose_backend
 from .bundle import Bundle, open_bundle
 from .errors import BundleError, InputError
+from .forks import ForkableLock
 from .image_inputs import ImageInputs
 from .manifest import Graph, Manifest, ZeroShotTask
-from .prompts import stored_prompts
+from .prompts import Prompts
 from .results import Classification, Prepared, ZeroShot
 from .scan_files import SliceFiles, as_scan
 from .scoring import probabilities
@@ -80,8 +80,14 @@ class Model:
         self._options = options
         self._inputs = ImageInputs(bundle.manifest.preprocessing, options, lambda: self._info("image"),
                                    lambda: self._graph("image"))
-        self._prompts: dict[tuple[str, ...], NDArray[np.float32]] = {}
-        self._lock = threading.Lock()
+        self._prompts = Prompts(bundle)
+        self._lock = ForkableLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Loaded again where it is unpickled."""
+        options = self._options
+        return load, (str(self._bundle.root), options.device, options.threads, True, options.backend, options.precision,
+                      options.preprocess)
 
     @property
     def manifest(self) -> Manifest:
@@ -234,6 +240,8 @@ class Model:
 
     def tokenize(self, texts: Iterable[str] | str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Token ids and attention mask ``[n, length]`` of texts. Warns and raises as ``embed_text``."""
+        if not isinstance(texts, Iterable):
+            raise InputError(f"texts: {type(texts).__name__}; expected a text or a list of them")
         return self._tokenizer.encode([texts] if isinstance(texts, str) else list(texts))
 
     def embed_tokens(self, ids: NDArray[np.integer], mask: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -259,7 +267,7 @@ class Model:
 
         Args:
             scan: file or preprocessed array.
-            classes: other names than the manifest's; their prompts are embedded once per loaded model.
+            classes: other names than the manifest's; the embeddings of their prompts are kept.
             read_options: as in ``preprocess``.
         """
         task = self._zero_shot_task()
@@ -272,7 +280,7 @@ class Model:
             with _timed(timings, "image"):
                 image = self._embed(feeds)
             with _timed(timings, "prompts"):
-                prompts = self._prompt_embeddings(task, names)
+                prompts = self._prompts.embeddings(task, names, self.embed_text)
             with _timed(timings, "score"):
                 scores = probabilities(prompts @ image, task)
         return ZeroShot(scan_name(scan), dict(zip(names, scores.tolist(), strict=True)), timings)
@@ -291,7 +299,7 @@ class Model:
         width = self.manifest.embedding_dim
         if embeddings.ndim != 2 or embeddings.shape[1] != width or not np.isfinite(embeddings).all():
             raise InputError(f"embeddings: shape {list(embeddings.shape)}; expected finite [n, {width}]")
-        similarity = np.einsum("nd,cpd->ncp", embeddings, self._prompt_embeddings(task, names))
+        similarity = np.einsum("nd,cpd->ncp", embeddings, self._prompts.embeddings(task, names, self.embed_text))
         return probabilities(similarity, task)
 
     def classify(self, scan: Scan, **read_options: Any) -> Classification:
@@ -377,16 +385,6 @@ class Model:
             raise BundleError(f"{self._bundle.folder}: no zero-shot prompts in this bundle; export it with --tokenizer "
                               "DIR")
         return task
-
-    def _prompt_embeddings(self, task: ZeroShotTask, classes: tuple[str, ...]) -> NDArray[np.float32]:
-        """``[classes, prompts, 512]``, positive first; from the bundle for its own classes, else computed once."""
-        if classes not in self._prompts:
-            if classes == task.classes:
-                self._prompts[classes] = stored_prompts(self._bundle, task)
-            else:
-                texts = [text for name in classes for text in task.prompts(name)]
-                self._prompts[classes] = self.embed_text(texts).reshape(len(classes), task.prompt_count, -1)
-        return self._prompts[classes]
 
 
 @contextmanager

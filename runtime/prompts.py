@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .errors import BundleError
+from .forks import ForkableLock
 from .manifest import ZeroShotTask
+
+#: Lists of classes whose embeddings are kept.
+_MOST_KEPT = 64
+
+
+class Prompts:
+    """Embeddings of prompts: the bundle's own as they were stored, others once they were computed."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._known: dict[tuple[str, ...], NDArray[np.float32]] = {}
+        self._lock = ForkableLock()
+
+    def embeddings(self, task: ZeroShotTask, classes: tuple[str, ...],
+                   embed: Callable[[list[str]], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """``[classes, prompts, 512]``, positive first.
+
+        Args:
+            embed: texts into ``[n, 512]``.
+        """
+        found = self._known.get(classes)
+        if found is None:
+            if classes == task.classes:
+                found = stored_prompts(self._bundle, task)
+            else:
+                texts = [text for name in classes for text in task.prompts(name)]
+                found = embed(texts).reshape(len(classes), task.prompt_count, -1)
+            with self._lock:
+                if len(self._known) >= _MOST_KEPT:
+                    self._known.clear()
+                self._known[classes] = found
+        return found
 
 
 def stored_prompts(bundle: Bundle, task: ZeroShotTask) -> NDArray[np.float32]:

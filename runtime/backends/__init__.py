@@ -8,6 +8,7 @@ from ..bundle import Bundle
 from ..engines import LIBRARIES
 from ..manifest import Graph
 from .base import Backend, Options
+from .watched import WatchedBackend
 
 
 def open_tower(bundle: Bundle, graph: Graph, options: Options) -> Backend:
@@ -21,9 +22,12 @@ def open_tower(bundle: Bundle, graph: Graph, options: Options) -> Backend:
         from .tensorrt import TensorRtBackend
 
         return TensorRtBackend(bundle, graph.role, options)
-    if graph.weights is not None:
-        bundle.path(graph.weights)  # raises if it is no longer the file that was checked
-    return open_graph(bundle.path(graph.file), options)
+    if graph.weights is None:
+        return open_graph(bundle.path(graph.file), options)
+    weights = bundle.hold(graph.weights)
+    backend = open_graph(bundle.path(graph.file), options)
+    bundle.path(graph.weights)  # so the library has opened the file that is held
+    return WatchedBackend(backend, weights)
 
 
 def open_graph(path: Path, options: Options) -> Backend:

@@ -59,7 +59,7 @@ class Options:
                                                 and self.backend not in (*LIBRARIES, AUTO)):
             raise InputError(f"preprocess: {self.preprocess!r}; expected cpu, or with the back ends "
                              f"{', '.join((*LIBRARIES, AUTO))} also gpu or auto")
-        if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= MOST_THREADS):
             raise InputError(f"threads: {self.threads!r}; expected 1 to {MOST_THREADS}")
 
     @property

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError, DcformerWarning, DeviceUnavailable, InferenceError, MissingDependency, install
 from ..files import cache_folder
+from ..forks import ForkableLock
 from . import saturation
 from .base import Options
 
@@ -27,7 +28,7 @@ _INT8_OFF = {"LP_TRANSFORMS_MODE": "NO"}
 #: Of the cache: OpenVINO would take what it has compiled with other settings for the same.
 _IN_FLOAT = "int8-in-float32"
 _USAGE_DATA = "openvino_telemetry"
-_IMPORT_LOCK = threading.Lock()
+_IMPORT_LOCK = ForkableLock()
 
 
 class OpenVinoBackend:
@@ -46,7 +47,7 @@ class OpenVinoBackend:
         self._path = path
         self._compiled: dict[int | None, Any] = {}
         self._requests = threading.local()
-        self._lock = threading.Lock()
+        self._lock = ForkableLock()
         if options.precision == "bf16" and not has_bfloat16():
             raise DeviceUnavailable(f"{NO_BFLOAT16}; choose another --precision")
         if in_float:
@@ -76,7 +77,8 @@ class OpenVinoBackend:
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
-            yield
+            with _busy():
+                yield
         except RuntimeError as error:
             raise BundleError(f"{self._path}: openvino {self._library.__version__} refuses it: "
                               f"{_brief(error)}") from error
@@ -87,13 +89,17 @@ class OpenVinoBackend:
         Raises:
             InferenceError: the library failed, for example for want of memory.
         """
+        if _FORKED:
+            raise InferenceError(f"{self._path}: this process was forked while openvino computed, whose threads it has "
+                                 "not; load bundles after the fork, or start processes by spawn")
         key = self._key(max(len(array) for array in feeds.values()))
         requests: dict[int | None, Any] = self._requests.__dict__.setdefault("by_key", {})
         if key not in requests:
             requests[key] = self._compile(key).create_infer_request()
         request = requests[key]
         try:
-            request.infer(dict(feeds), share_inputs=True)
+            with _busy():
+                request.infer(dict(feeds), share_inputs=True)
             # Copies: the request's own tensors are overwritten by its next inference.
             return [request.get_tensor(name).data.copy() for name in outputs]
         except RuntimeError as error:
@@ -104,8 +110,29 @@ class OpenVinoBackend:
         return self._description
 
 
-_CORE_LOCK = threading.Lock()
+_CORE_LOCK = ForkableLock()
 _CORES: list[Any] = []
+#: Threads inside of the library, and those that were when this process was forked, which would wait for them for ever.
+_BUSY: set[int] = set()
+_FORKED: list[int] = []
+
+
+@contextmanager
+def _busy() -> Iterator[None]:
+    _BUSY.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _BUSY.discard(threading.get_ident())
+
+
+def _after_fork() -> None:
+    _FORKED.extend(_BUSY)
+    _BUSY.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def shared_core() -> Any:

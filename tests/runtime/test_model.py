@@ -183,7 +183,8 @@ def test_options_for_files_do_not_fit_arrays(model: Model):
 
 
 @pytest.mark.parametrize("call", [
-    lambda m: m.embed_text([]), lambda m: m.embed_text([1]), lambda m: m.embed_images([]),
+    lambda m: m.embed_text([]), lambda m: m.embed_text([1]), lambda m: m.embed_text(None), lambda m: m.embed_images([]),
+    lambda m: m.embed_image(np.zeros((64, 128, 128), np.int16)),
     lambda m: m.embed_images("one.nii.gz"), lambda m: m.embed_images(None),
     lambda m: m.embed_images(3), lambda m: m.embed_images(np.zeros((64, 128, 128), np.float32)),
     lambda m: m.embed_images(torch.zeros(64, 128, 128)),
@@ -196,6 +197,7 @@ def test_options_for_files_do_not_fit_arrays(model: Model):
     lambda m: m.embed_image(["a.nii"]), lambda m: m.embed_image(None),
     lambda m: m.zero_shot(np.zeros((64, 128, 128), np.float32), classes="Fracture"),
     lambda m: m.zero_shot(np.zeros((64, 128, 128), np.float32), classes=[1, 2]),
+    lambda m: m.zero_shot(np.zeros((64, 128, 128), np.float32), classes=["a", " "]),
     lambda m: m.preprocess("a.nii", spacing="abc"), lambda m: m.preprocess("a.nii", slope="1"),
 ])
 def test_other_unusable_arguments(model: Model, call):
