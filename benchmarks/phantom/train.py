@@ -97,7 +97,8 @@ def train(out: Path, samples: Path, options: TrainOptions, device: str, monitor_
 @click.option("--steps", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=2), default=16, show_default=True)
 @click.option("--learning-rate", type=float, default=1.5e-3, show_default=True)
-@click.option("--prevalence", type=float, default=0.3, show_default=True, help="Chance of each finding.")
+@click.option("--prevalence", type=float, default=0.3, show_default=True,
+              help="Chance of each finding, in patients that are not normal.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--workers", type=click.IntRange(1, 256), help="Processes that paint; default: all usable cores.")

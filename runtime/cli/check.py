@@ -67,7 +67,10 @@ def command(bundle: Path, data: Path | None, samples: int, split: str | None, re
         for reason in dict.fromkeys(row.not_run for row in rows if row.not_run is not None):
             files = ", ".join(row.file for row in rows if row.not_run == reason)
             click.echo(f"not run: {files}: {one_line(reason)}")
-    missed = [row for row in rows if row.not_run is not None and row.file.endswith(ENGINE_SUFFIX)]
+    engines = [row for row in rows if row.file.endswith(ENGINE_SUFFIX)]
+    if require_engines and not engines:
+        raise DeviceUnavailable(f"{bundle}: holds no engine; `dcformer build {bundle}` makes them")
+    missed = [row for row in engines if row.not_run is not None]
     if require_engines and missed:
         raise DeviceUnavailable(f"{len(missed)} engines could not run here, the first: {missed[0].not_run}")
     failed = [row.file for row in rows if row.failures]

@@ -86,6 +86,8 @@ def test_engines(calibrated: Path, tmp_path: Path, capsys, monkeypatch: pytest.M
     pytest.importorskip("tensorrt_rtx")
     bundle = with_engines(calibrated, tmp_path / "bundle")
     if gpu_or_none() is None:
+        assert main(["check", str(calibrated), "--require-engines"]) == 3
+        assert "holds no engine; `dcformer build" in capsys.readouterr().err
         assert main(["check", str(bundle)]) == 0
         not_run = capsys.readouterr().out.split("not run: ")[1]
         assert main(["check", str(bundle), "--require-engines"]) == 3
