@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..benchmarks.evaluation.metrics import Estimate, auroc_difference, classification
-from ..benchmarks.evaluation.run import read_ahead
-from ..benchmarks.evaluation.state import State, stamp
+from ..benchmarks.evaluation.run import ReadScan, read_ahead, read_unless_known, recall_or_compute
+from ..benchmarks.evaluation.state import State
 from ..runtime.bundle import Bundle
 from ..runtime.cli.output import Stages
 from ..runtime.errors import BundleError, InputError
@@ -178,16 +178,14 @@ def _run(models: Mapping[str, Model], scans: Sequence[Scan], state: State, displ
     """Each scan with its outputs by precision, or the reason why it could not be used; the next is read meanwhile."""
     reader = models[REFERENCE]
 
-    def prepare(scan: Scan) -> NDArray[np.float32] | None:
-        if all(state.get(_key(name, scan), stamp(scan.path)) is not None for name in models):
-            return None
-        return reader.preprocess(scan.path, **scan.options)
+    def prepare(scan: Scan) -> ReadScan:
+        return read_unless_known(scan.path, scan.options, state, [_key(name, scan) for name in models], reader)
 
     for scan, prepared in read_ahead(scans, prepare):
         display.stage(scan.path.name)
         try:
-            volume = prepared()
-            yield scan, {name: _outputs(name, model, scan, volume, state) for name, model in models.items()}
+            read = prepared()
+            yield scan, {name: _outputs(_key(name, scan), model, read, state) for name, model in models.items()}
         except BundleError:
             raise
         except InputError as error:
@@ -198,19 +196,19 @@ def _key(name: str, scan: Scan) -> str:
     return f"{name}/{scan.path}"
 
 
-def _outputs(name: str, model: Model, scan: Scan, volume: NDArray[np.float32] | None, state: State) -> _Outputs:
+def _outputs(key: str, model: Model, scan: ReadScan, state: State) -> _Outputs:
     """From the state, or computed and put there: embedding, scores, codes in one row."""
     width = model.manifest.embedding_dim
     classes = len(model.manifest.zero_shot.classes) if model.manifest.zero_shot is not None else 0
-    row = state.get(_key(name, scan), stamp(scan.path))
-    if row is None:
-        assert volume is not None  # read unless every model's outputs are known
+
+    def compute(volume: NDArray[np.float32]) -> NDArray[np.float32]:
         names = [info.name for info in model.manifest.graphs[0].outputs if info.name in ("image_embedding", "codes")]
         found = model.image_outputs(volume[None], names)
         embedding = found["image_embedding"]
         scores = model.score_embeddings(embedding)[0] if classes else np.zeros(0, np.float32)
         # Codes are small integers, which float32 holds exactly.
         codes = found["codes"][0].astype(np.float32) if "codes" in found else np.zeros(0, np.float32)
-        row = np.concatenate([embedding[0], scores.astype(np.float32), codes])
-        state.put(_key(name, scan), stamp(scan.path), row)
+        return np.concatenate([embedding[0], scores.astype(np.float32), codes])
+
+    row = recall_or_compute(state, key, scan, compute)
     return _Outputs(row[:width], row[width + classes :], row[width : width + classes])

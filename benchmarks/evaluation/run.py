@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -160,17 +161,15 @@ def _outputs(
 ) -> Iterator[tuple[Case, dict[str, Outputs] | InputError]]:
     """Outputs per scan; while one is embedded the next is read."""
 
-    def prepare(case: Case) -> NDArray[np.float32] | None:
-        if all(_recall(state, name, case) is not None for name in embedders):
-            return None
+    def prepare(case: Case) -> ReadScan:
         options = {"metadata": case.metadata, **read_options} if case.metadata is not None else read_options
-        return model.preprocess(case.path, **options)
+        return read_unless_known(case.path, options, state, [_key(name, case) for name in embedders], model)
 
     for case, prepared in read_ahead(cases, prepare):
         display.stage(case.name)
         try:
-            volume = prepared()
-            yield case, {name: _embed(state, name, case, embedder, volume) for name, embedder in embedders.items()}
+            scan = prepared()
+            yield case, {name: _embed(state, name, case, embedder, scan) for name, embedder in embedders.items()}
         except BundleError:
             raise
         except InputError as error:
@@ -188,23 +187,56 @@ def read_ahead(items: Sequence[_T], prepare: Callable[[_T], _V]) -> Iterator[tup
             yield item, current.result
 
 
+@dataclass(frozen=True)
+class ReadScan:
+    """A scan for several contenders.
+
+    ``stamp``: of what it was read from, as that was before; outputs are known by it, whatever happens to the file
+    later. ``volume``: [D, H, W], preprocessed; None where all outputs are known.
+    """
+
+    stamp: str
+    volume: NDArray[np.float32] | None
+
+
+def read_unless_known(path: Path, options: Mapping[str, Any], state: State, keys: Iterable[str], model: Model
+                      ) -> ReadScan:
+    """Read a scan, unless the state has an array for every key.
+
+    Raises:
+        InputError: as ``Model.preprocess``; a scan or a table of metadata that is not there, or changes meanwhile.
+    """
+    before = stamp(path, options)
+    if all(state.get(key, before) is not None for key in keys):
+        return ReadScan(before, None)
+    volume = model.preprocess(path, **options)
+    if stamp(path, options) != before:
+        raise InputError(f"{path}: changed while it was read, or its table of metadata did; start again")
+    return ReadScan(before, volume)
+
+
+def recall_or_compute(state: State, key: str, scan: ReadScan,
+                      compute: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> NDArray[np.float32]:
+    """An array of a scan, from the state, or computed of its volume and put there."""
+    row = state.get(key, scan.stamp)
+    if row is None:
+        assert scan.volume is not None  # it is None only where every key was known by this stamp
+        row = compute(scan.volume)
+        state.put(key, scan.stamp, row)
+    return row
+
+
 def _key(contender: str, case: Case) -> str:
     return f"{contender}/image/{case.path}"
 
 
-def _recall(state: State, contender: str, case: Case) -> Outputs | None:
-    stored = state.get(_key(contender, case), stamp(case.path))
-    return None if stored is None else Outputs(stored[:-len(case.labels)], stored[-len(case.labels):])
+def _embed(state: State, contender: str, case: Case, embedder: Embedder, scan: ReadScan) -> Outputs:
+    def compute(volume: NDArray[np.float32]) -> NDArray[np.float32]:
+        outputs = embedder.image(volume)
+        return np.concatenate([outputs.embedding, outputs.scores])
 
-
-def _embed(state: State, contender: str, case: Case, embedder: Embedder, volume: NDArray[np.float32] | None) -> Outputs:
-    known = _recall(state, contender, case)
-    if known is not None or volume is None:
-        assert known is not None  # a volume is missing only where every contender's outputs are known
-        return known
-    outputs = embedder.image(volume)
-    state.put(_key(contender, case), stamp(case.path), np.concatenate([outputs.embedding, outputs.scores]))
-    return outputs
+    row = recall_or_compute(state, _key(contender, case), scan, compute)
+    return Outputs(row[:-len(case.labels)], row[-len(case.labels):])
 
 
 def _report_embeddings(contender: str, cases: Sequence[Case], embedder: Embedder, state: State) -> NDArray[np.float32]:

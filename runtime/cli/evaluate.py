@@ -56,7 +56,7 @@ def command(
     """
     from ...benchmarks.evaluation.dataset import Tables, read_dataset
     from ...benchmarks.evaluation.run import BundleEmbedder, evaluate
-    from ...benchmarks.evaluation.state import open_state, state_path
+    from ...benchmarks.evaluation.state import library_of, open_state, state_path
 
     options = Options(device, threads, backend, precision, preprocess)
     opened = open_bundle(bundle, verify=not no_verify)
@@ -70,11 +70,12 @@ def command(
 
         embedders["pytorch"] = CheckpointEmbedder(opened, checkpoint, classifier, options.thread_count)
     given = {name: value for name, value in read_options.items() if value is not None}
-    identity = {"manifest": model.manifest.digest, "dataset": str(dataset.resolve()), "device": device,
-                "backend": backend, "precision": precision,
-                "classifier": classifier, "options": {name: str(value) for name, value in given.items()}}
+    # Tables are not in it: what is read by them is known by their stamps, or by the text itself.
+    identity = {"command": "evaluate", "bundle": model.manifest.digest, "dataset": str(dataset.resolve()),
+                "backend": library_of(model.describe()), "precision": precision, "classifier": classifier,
+                "options": {name: str(value) for name, value in given.items()}}
     started = time.monotonic()
-    with progress(len(cases)) as display, open_state(state or state_path(identity), fresh) as kept:
+    with progress(len(cases)) as display, open_state(state or state_path(identity), identity, fresh) as kept:
         found = evaluate(cases, embedders, model, kept, classes, display, given)
     for failure in found.failed:
         click.echo(f"error: {one_line(failure.error)}", err=True)

@@ -39,15 +39,17 @@ from .output import announce, print_json, print_table, progress
               help="Write the report there as Markdown and JSON, and a plot.")
 @click.option("--state", type=click.Path(path_type=Path), metavar="FILE",
               help="Where finished scans are kept until the end; default: in the user's cache folder.")
+@click.option("--fresh", is_flag=True, help="Do not go on with an interrupted comparison.")
 @json_option
 def command(bundle: Path, data: Path, split: str | None, limit: int | None, precisions: str | None, backend: str,
-            emulate: bool, threads: int | None, out: Path | None, state: Path | None, as_json: bool) -> int:
+            emulate: bool, threads: int | None, out: Path | None, state: Path | None, fresh: bool, as_json: bool
+            ) -> int:
     """Compare BUNDLE's lower precisions with its own fp32: embeddings, codes, scores, AUROC, noise by layer.
 
     An interrupted comparison goes on where it stopped. Scans that cannot be read are listed, and make the exit code 2.
     ONNX Runtime's CPU computes FP16 graphs in float32; what they keep on a GPU is shown by --emulate.
     """
-    from ...benchmarks.evaluation.state import open_state, state_path
+    from ...benchmarks.evaluation.state import library_of, open_state, state_path
     from ...calibration.emulate import emulated_bundle
     from ...calibration.report import COLUMNS, cells, title, write_report
     from ...calibration.retention import REFERENCE, compare, graph_noise
@@ -57,6 +59,7 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
         raise InputError(f"--emulate: runs in {CPU_BACKENDS[0]}; drop --backend {backend}")
     opened = open_bundle(bundle)
     names = _names(bundle, opened.manifest, precisions, GPU_TARGET if emulate else backend)
+    digest = opened.manifest.digest
     if out is not None:
         require_writable_folder(out)
     with contextlib.ExitStack() as stack:
@@ -67,9 +70,10 @@ def command(bundle: Path, data: Path, split: str | None, limit: int | None, prec
         announce(models[REFERENCE])
         scans = choose_scans(data, opened.manifest, split, limit)
         thread_count = Options(threads=threads).thread_count
-        identity = {"retention": opened.manifest.digest, "dataset": str(data.resolve()), "backend": backend}
+        identity = {"command": "retention", "bundle": digest, "dataset": str(data.resolve()),
+                    "backend": library_of(models[REFERENCE].describe()), "emulate": emulate}
         display = stack.enter_context(progress(len(scans)))
-        kept = stack.enter_context(open_state(state or state_path(identity), fresh=False))
+        kept = stack.enter_context(open_state(state or state_path(identity), identity, fresh))
         about = {"bundle": f"{bundle} (graphs for GPUs, emulated)" if emulate else str(bundle), "dataset": str(data)}
         found = compare(models, scans, kept, display,
                         lambda name, some: graph_noise(opened, name, some, thread_count), about)

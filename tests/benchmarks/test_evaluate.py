@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refuse
 
 from dcformer_deploy.benchmarks.evaluation.dataset import Tables, read_dataset
 from dcformer_deploy.benchmarks.evaluation.metrics import classification
-from dcformer_deploy.benchmarks.evaluation.state import open_state
 from dcformer_deploy.benchmarks.phantom.dataset import DatasetOptions, write_dataset
 from dcformer_deploy.runtime import InputError, Model
+from dcformer_deploy.runtime.bundle import open_bundle, write_manifest
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.manifest import CT_RATE_CLASSES
 
@@ -145,38 +147,88 @@ def test_interrupted_evaluation_goes_on(
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
 
 
-def test_state_of_another_bundle_or_fresh_is_not_used(tmp_path: Path):
-    path = tmp_path / "state.jsonl"
-    with pytest.raises(RuntimeError), open_state(path, fresh=False) as state:
-        state.put("a", "1", np.arange(3, dtype=np.float32))
-        raise RuntimeError
-    with pytest.raises(RuntimeError), open_state(path, fresh=False) as state:
-        np.testing.assert_array_equal(state.get("a", "1"), [0, 1, 2])
-        assert state.get("a", "2") is None
-        assert state.get("b", "1") is None
-        raise RuntimeError
-    with open_state(path, fresh=True) as state:
-        assert state.get("a", "1") is None
-    assert not path.exists()
+def _interrupt(monkeypatch: pytest.MonkeyPatch, scans: int, *arguments: str | Path) -> None:
+    """Run the command until so many scans are embedded, and interrupt it."""
+    original, embedded = Model.image_outputs, []
+
+    def interrupted(self, volumes, outputs=None):
+        if len(embedded) == scans:
+            raise KeyboardInterrupt
+        embedded.append(1)
+        return original(self, volumes, outputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "image_outputs", interrupted)
+        assert main(["evaluate", *map(str, arguments)]) == 130
 
 
-@pytest.mark.parametrize("content", ["precious", '{"other": 1}\n', "\n"])
-def test_a_file_that_is_no_state_stays(tmp_path: Path, content: str):
-    path = tmp_path / "thesis.txt"
-    path.write_text(content)
-    for fresh in (False, True):
-        with pytest.raises(InputError, match="thesis.txt: not the state of an evaluation"), open_state(path, fresh):
-            pass
-    assert path.read_text() == content
+def test_state_is_only_for_what_it_was_begun_with(
+    phantoms: Path, pristine_bundle: Path, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Given by name, too: another bundle's embeddings would be judged as this one's."""
+    manifest = open_bundle(bundle_copy).manifest
+    assert manifest.zero_shot is not None
+    task = dataclasses.replace(manifest.zero_shot, similarity_scale=2 * manifest.zero_shot.similarity_scale)
+    write_manifest(bundle_copy, dataclasses.replace(manifest, zero_shot=task))
+    state = tmp_path / "state.jsonl"
+    _interrupt(monkeypatch, 3, pristine_bundle, phantoms, "--limit", "5", "--state", state)
+    capsys.readouterr()
+    kept = state.read_bytes()
+    for arguments, message in (
+        ((bundle_copy, phantoms), f"state.jsonl: the state of another evaluation: its bundle is '{manifest.digest}', "
+         f"not '{open_bundle(bundle_copy).manifest.digest}'; pass --fresh to begin anew, or another --state"),
+        ((pristine_bundle, phantoms.parent), "its dataset is"),
+        ((pristine_bundle, phantoms, "--backend", "openvino"), "its backend is 'onnxruntime .*', not 'openvino"),
+        ((pristine_bundle, phantoms, "--slope", "2"), r"its options is {}, not {'slope': '2.0'}"),
+    ):
+        refuse(capsys, message, "evaluate", *arguments, "--state", state)
+        assert state.read_bytes() == kept
+    _, expected, _ = _run(capsys, bundle_copy, phantoms, "--limit", "5")
+    _, found, _ = _run(capsys, bundle_copy, phantoms, "--limit", "5", "--state", state, "--fresh")
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert not state.exists()
 
 
-@pytest.mark.parametrize("content", ["", '{"ke', '{"key": "a", "sta'])
-def test_a_state_that_was_cut_off_is_begun_anew(tmp_path: Path, content: str):
-    path = tmp_path / "state.jsonl"
-    path.write_text(content)
-    with open_state(path, fresh=False) as state:
-        assert state.get("a", "1") is None
-    assert not path.exists()
+def test_scans_read_by_a_table_that_changed_are_read_again(
+    phantoms_copy: Path, pristine_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):
+    table = phantoms_copy / "metadata" / "validation_metadata.csv"
+    right = table.read_text()
+    _, expected, _ = _run(capsys, pristine_bundle, phantoms_copy)
+    rows = list(csv.DictReader(right.splitlines()))
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "ZSpacing": 3 * float(row["ZSpacing"])} for row in rows)
+    _, wrong, _ = _run(capsys, pristine_bundle, phantoms_copy)
+    assert wrong["auroc"] != expected["auroc"]
+    _interrupt(monkeypatch, 6, pristine_bundle, phantoms_copy)
+    table.write_text(right)
+    _, resumed, _ = _run(capsys, pristine_bundle, phantoms_copy)
+    assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_scan_replaced_while_it_is_embedded(
+    phantoms_copy: Path, pristine_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):
+    """What was made of the old one is not taken for the new one's by a run that goes on."""
+    original, embedded = Model.image_outputs, []
+
+    def replacing(self, volumes, outputs=None):
+        if len(embedded) == 3:
+            raise KeyboardInterrupt
+        embedded.append(1)
+        if len(embedded) == 2:
+            shutil.copy(_volume(phantoms_copy, 7), _volume(phantoms_copy, 2))
+        return original(self, volumes, outputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "image_outputs", replacing)
+        assert main(["evaluate", str(pristine_bundle), str(phantoms_copy)]) == 130
+    _, resumed, _ = _run(capsys, pristine_bundle, phantoms_copy)
+    _, expected, _ = _run(capsys, pristine_bundle, phantoms_copy, "--fresh")
+    assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}
 
 
 def _edit(path: Path, old: str, new: str) -> None:

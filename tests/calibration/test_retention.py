@@ -2,15 +2,17 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refuse
 from sklearn.metrics import roc_auc_score
 
 from dcformer_deploy.benchmarks.evaluation.metrics import auroc_difference
 from dcformer_deploy.calibration.sqnr import EXACT_DB, layer_noise
-from dcformer_deploy.runtime import load
+from dcformer_deploy.runtime import Model, load
 from dcformer_deploy.runtime.backends.openvino import has_bfloat16
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli import retention
@@ -20,19 +22,21 @@ from dcformer_deploy.runtime.manifest import CT_RATE_CLASSES
 from graphs import GraphBuilder, volume
 
 
-@pytest.fixture(scope="module")
-def labelled(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("labelled")
-    names = []
-    for path in sorted(scans.iterdir()):
-        (folder / path.name).write_bytes(path.read_bytes())
-        names.append(path.name if path.name.endswith(".gz") else f"{path.name}.gz")
+def _labelled(scans: Path, folder: Path) -> Path:
+    """A copy of the scans with labels."""
+    folder = Path(shutil.copytree(scans, folder / "labelled"))
+    names = [path.name if path.name.endswith(".gz") else f"{path.name}.gz" for path in sorted(folder.iterdir())]
     with (folder / "labels.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["VolumeName", *CT_RATE_CLASSES])
         for index, name in enumerate(names):
             writer.writerow([name, *[(index + column) % 2 for column in range(17)], 0])
     return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _labelled(scans, tmp_path_factory.mktemp("labels"))
 
 
 def test_json_with_labels(capsys, calibrated: Path, labelled: Path, tmp_path: Path):
@@ -111,6 +115,50 @@ def test_scans_that_cannot_be_read_are_listed(capsys, calibrated: Path, scans: P
     captured = capsys.readouterr()
     assert json.loads(captured.out)["about"]["scans"] == 1
     assert "b.nii.gz" in captured.err
+
+
+def test_goes_on_only_with_the_same_bundle_and_tables(
+    capsys, calibrated: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):
+    folder = Path(shutil.copytree(scans, tmp_path / "scans"))
+    table, state = folder / "metadata.csv", tmp_path / "state.jsonl"
+    arguments = ["retention", str(calibrated), "--data", str(folder), "--precision", "fp16"]
+
+    def write(z_mm: float) -> None:
+        rows = [f'{name},"[0.9, 0.9]",{z_mm},1,0' for name in ("a.nii.gz", "b.nii.gz", "c.nii", "d.nii.gz")]
+        table.write_text("\n".join(["VolumeName,XYSpacing,ZSpacing,RescaleSlope,RescaleIntercept", *rows]))
+
+    write(9)
+    original, done = Model.image_outputs, []
+
+    def interrupted(self, volumes, outputs=None):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(1)
+        return original(self, volumes, outputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "image_outputs", interrupted)
+        assert main([*arguments, "--state", str(state)]) == 130
+    kept = state.read_bytes()
+    capsys.readouterr()
+    for more, message in (
+        (["--backend", "openvino"], "its backend is 'onnxruntime .*', not 'openvino .*'; pass --fresh to begin anew"),
+        (["--emulate"], "its emulate is False, not True"),
+    ):
+        refuse(capsys, message, *arguments, *more, "--state", state)
+    refuse(capsys, "its command is 'retention', not 'evaluate'", "evaluate", calibrated, _labelled(scans, tmp_path),
+           "--state", state)
+    assert state.read_bytes() == kept
+    write(1.5)
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert main([*arguments, "--json", "--state", str(state)]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    state.write_bytes(kept)
+    assert main([*arguments[:-1], "int8", "--json", "--state", str(state), "--fresh", "--limit", "1"]) == 0
+    assert not state.exists()
 
 
 def test_paired_intervals_are_narrower_than_either_alone():
