@@ -13,7 +13,7 @@ from ..backends import Options
 from ..bundle import open_bundle
 from ..errors import BundleError, one_line
 from ..model import Model
-from .options import bundle_argument, json_option, model_options, preprocess_option, scan_options
+from .options import bundle_argument, json_option, model_options, scan_options
 from .output import announce, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -40,12 +40,10 @@ _FEW = 10
 @json_option
 @scan_options
 @model_options
-@preprocess_option
 def command(
     bundle: Path, dataset: Path, checkpoint: Path | None, split: str | None, limit: int | None, classifier: bool,
     labels: Path | None, reports: Path | None, state: Path | None, fresh: bool, as_json: bool, device: str,
-    threads: int | None, backend: str, precision: str, preprocess: str, no_verify: bool, metadata: Path | None,
-    **read_options: Any,
+    threads: int | None, backend: str, precision: str, no_verify: bool, metadata: Path | None, **read_options: Any,
 ) -> int:
     """Score the scans of DATASET, a folder in CT-RATE's layout, and compare with its labels and reports.
 
@@ -58,7 +56,7 @@ def command(
     from ...benchmarks.evaluation.run import BundleEmbedder, evaluate
     from ...benchmarks.evaluation.state import library_of, open_state, state_path
 
-    options = Options(device, threads, backend, precision, preprocess)
+    options = Options(device, threads, backend, precision)
     opened = open_bundle(bundle, verify=not no_verify)
     model = Model(opened, options)
     announce(model)

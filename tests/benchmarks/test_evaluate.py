@@ -75,6 +75,11 @@ def test_natural_order(phantoms_copy: Path):
     assert names[-1] == "valid_10_a_1.nii.gz"
 
 
+def test_scans_are_preprocessed_on_the_cpu(phantoms: Path, pristine_bundle: Path, capsys: pytest.CaptureFixture[str]):
+    """As they go to the checkpoint, too; an option that would be ignored is none."""
+    refuse(capsys, "No such option.*--preprocess", "evaluate", pristine_bundle, phantoms, "--preprocess", "gpu")
+
+
 def test_same_numbers_as_one_scan_at_a_time_and_as_pytorch(
     phantoms: Path, pristine_bundle: Path, checkpoint: Path, model: Model, cache: Path,
     capsys: pytest.CaptureFixture[str],
