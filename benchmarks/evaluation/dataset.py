@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.errors import InputError
+from ...runtime.errors import DcformerWarning, InputError
 from ...runtime.volume.folder import (
     METADATA_COLUMNS,
     NAME_COLUMN,
@@ -45,7 +46,7 @@ class Case:
 
 
 def read_dataset(folder: Path, classes: Sequence[str], tables: Tables, split: str | None = None) -> list[Case]:
-    """The labelled scans below ``folder``, by name.
+    """The labelled scans below ``folder``, by name; warns of others, which are left out.
 
     Args:
         classes: columns of the labels to read.
@@ -62,13 +63,16 @@ def read_dataset(folder: Path, classes: Sequence[str], tables: Tables, split: st
                      classes, folder)
     reports = _reports(choose_tables(tables.reports, found, REPORT_COLUMNS, "reports"))
     metadata = metadata_files(choose_tables(tables.metadata, found, METADATA_COLUMNS, "metadata"))
-    cases = [Case(name, path, labels[name], reports.get(name),
-                  metadata_of(path, name, metadata))
-             for name, path in sorted(volumes.items(), key=lambda item: natural_order(item[0])) if name in labels]
-    if not cases:
-        first = next(iter(volumes))
-        raise InputError(f"{folder}: none of its {len(volumes)} volumes has a row in the labels (the first is {first})")
-    return cases
+    names = sorted(volumes, key=natural_order)
+    unlabelled = [name for name in names if name not in labels]
+    if len(unlabelled) == len(names):
+        raise InputError(f"{folder}: none of its {len(names)} volumes has a row in the labels (the first is "
+                         f"{names[0]})")
+    if unlabelled:
+        warnings.warn(f"{folder}: {len(unlabelled)} of its {len(names)} volumes left out, as they have no row in the "
+                      f"labels; the first is {unlabelled[0]}", DcformerWarning, stacklevel=2)
+    return [Case(name, volumes[name], labels[name], reports.get(name), metadata_of(volumes[name], name, metadata))
+            for name in names if name in labels]
 
 
 def has_labels(folder: Path, classes: Sequence[str]) -> bool:

@@ -75,6 +75,21 @@ def test_natural_order(phantoms_copy: Path):
     assert names[-1] == "valid_10_a_1.nii.gz"
 
 
+def test_unlabelled_scans_are_told_of(phantoms_copy: Path, pristine_bundle: Path,
+                                      capsys: pytest.CaptureFixture[str]):
+    labels = phantoms_copy / "valid_labels.csv"
+    lines = labels.read_text().splitlines()
+    labels.write_text("\n".join(line for line in lines if not line.startswith(("valid_2_", "valid_4_", "valid_8_"))))
+    code, found, errors = _run(capsys, pristine_bundle, phantoms_copy)
+    assert (code, found["scans"]) == (0, 5)
+    assert [line for line in errors.splitlines() if "left out" in line] == [
+        f"warning: {phantoms_copy}: 3 of its 8 volumes left out, as they have no row in the labels; the first is "
+        "valid_2_a_1.nii.gz"]
+    labels.write_text(lines[0] + "\n")
+    refuse(capsys, "none of its 8 volumes has a row in the labels .the first is valid_1_a_1.nii.gz", "evaluate",
+           pristine_bundle, phantoms_copy)
+
+
 def test_scans_are_preprocessed_on_the_cpu(phantoms: Path, pristine_bundle: Path, capsys: pytest.CaptureFixture[str]):
     """As they go to the checkpoint, too; an option that would be ignored is none."""
     refuse(capsys, "No such option.*--preprocess", "evaluate", pristine_bundle, phantoms, "--preprocess", "gpu")
