@@ -88,11 +88,14 @@ def auroc_difference(scores: Floats, reference: Floats, labels: NDArray[np.bool_
 def retrieval(queries: Floats, gallery: Floats, seed: int = 0) -> dict[str, Estimate]:
     """R@K: share of queries ``[n, d]`` (unit rows) whose own item of the gallery ``[n, d]`` is among the K nearest.
 
-    Items equally near (equal reports) share their places, so half of them count as nearer.
+    Items as near as that (equal reports: CT-RATE has several reconstructions with one) stand in no order, so a query
+    counts by the share of their orders in which its own is among the K. The published code sorts by cosine and leaves
+    ties as the files stand, which is one such order: without ties both are the same; with ties its value depends on the
+    order of the files, and this is its mean over all of them.
     """
-    before = nearer(queries, gallery)
+    before, equal = nearer(queries, gallery)
     draws = np.random.default_rng(seed).integers(0, len(queries), (RESAMPLES, len(queries)))
-    hits = {k: before < k for k in RECALL_AT}
+    hits = {k: np.clip((k - before) / equal, 0, 1) for k in RECALL_AT}
     return {f"R@{k}": _estimate(float(hit.mean()), hit[draws].mean(axis=1)) for k, hit in hits.items()}
 
 

@@ -35,24 +35,29 @@ def nearest(queries: NDArray[np.float32], gallery: NDArray[np.float32], k: int) 
     return Found(np.take_along_axis(rows, order, axis=1), np.take_along_axis(values, order, axis=1))
 
 
-def nearer(queries: NDArray[np.floating], gallery: NDArray[np.floating]) -> NDArray[np.float64]:
-    """For each query ``[n, d]``, how many rows of the gallery ``[n, d]`` are nearer to it than the one of its number.
+def nearer(queries: NDArray[np.floating], gallery: NDArray[np.floating]
+           ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the row of its own number stands for each query: two counts ``[n]`` of rows of the gallery.
 
-    Rows as near as that (equal reports) share their places, so half of them count as nearer.
+    First those that are nearer to the query ``[n, d]`` than the row of its number in the gallery ``[n, d]``, then those
+    that are as near as that (equal reports), itself among them.
     """
-    return np.concatenate([_nearer(queries[start : start + _QUERIES], gallery, gallery[start : start + _QUERIES])
-                           for start in range(0, len(queries), _QUERIES)])
+    counts = [_nearer(queries[start : start + _QUERIES], gallery, gallery[start : start + _QUERIES])
+              for start in range(0, len(queries), _QUERIES)]
+    more, equal = np.concatenate(counts, axis=1)
+    return more, equal
 
 
 def _nearer(queries: NDArray[np.floating], gallery: NDArray[np.floating], theirs: NDArray[np.floating]
-            ) -> NDArray[np.float64]:
+            ) -> NDArray[np.int64]:
+    """Both counts, ``[2, n]``."""
     exact = queries.astype(np.float64)
     own = np.einsum("nd,nd->n", exact, theirs.astype(np.float64))[:, None]
-    count = np.full(len(queries), -0.5)  # itself is as near as itself
+    counts = np.zeros((2, len(queries)), np.int64)
     for start in range(0, len(gallery), _BLOCK):
         difference = exact @ gallery[start : start + _BLOCK].astype(np.float64).T - own
-        count += (difference > _EQUAL).sum(axis=1) + (np.abs(difference) <= _EQUAL).sum(axis=1) / 2
-    return count
+        counts += (difference > _EQUAL).sum(axis=1), (np.abs(difference) <= _EQUAL).sum(axis=1)
+    return counts
 
 
 def _largest(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:

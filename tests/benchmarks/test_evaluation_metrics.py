@@ -93,9 +93,40 @@ def test_retrieval():
     assert retrieval(queries, gallery)["R@50"].value == 1
 
 
-def test_equal_reports_share_their_places():
-    """All reports equal: each query has 9 others as near as its own, half of them count as nearer."""
+@pytest.mark.parametrize("copies", [1, 2, 3, 5])
+def test_equal_reports_do_not_bias_recall(copies: int):
+    """Perfect embeddings of scans with the same report: by chance, one in so many is the first."""
+    rows = np.repeat(np.eye(40), copies, axis=0)
+    for found in (retrieval(rows, rows), retrieval(rows[::-1], rows[::-1])):
+        for k in (1, 5, 10):
+            estimate = found[f"R@{k}"]
+            assert estimate.value == pytest.approx(min(1, k / copies))
+            assert estimate.low == pytest.approx(estimate.high) == pytest.approx(min(1, k / copies))
+
+
+def test_recall_is_the_mean_over_orders_of_equal_reports():
+    """Against the published way, which sorts and leaves ties as the files stand, over many orders of the files."""
+    rng = np.random.default_rng(0)
+    reports = _unit(rng.normal(size=(12, 6)))[rng.integers(0, 12, 40)]
+    images = _unit(reports + 0.4 * rng.normal(size=reports.shape))
+    found = retrieval(images, reports)
+    orders = [rng.permutation(40) for _ in range(3000)]
+    similarity = np.round(images @ reports.T, 9)
+    for k in (1, 5, 10):
+        hits = []
+        for order in orders:
+            nearest = order[np.argsort(-similarity[:, order], axis=1, kind="stable")[:, :k]]
+            hits.append((nearest == np.arange(40)[:, None]).any(axis=1).mean())
+        assert found[f"R@{k}"].value == pytest.approx(np.mean(hits), abs=0.005)
+        assert found[f"R@{k}"].low <= found[f"R@{k}"].value <= found[f"R@{k}"].high
+
+
+def test_all_reports_equal():
     queries = np.eye(10)
     gallery = np.tile(np.full(10, 10**-0.5), (10, 1))
     found = retrieval(queries, gallery)
-    assert [found[f"R@{k}"].value for k in (1, 5, 10)] == [0, 1, 1]  # place 4.5 of 0 to 9
+    assert [found[f"R@{k}"].value for k in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1])
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -53,16 +53,16 @@ def test_nearest_is_the_sorted_product(monkeypatch: pytest.MonkeyPatch, k: int):
     np.testing.assert_allclose(found.cosines, np.take_along_axis(product, order, axis=1), atol=1e-6)
 
 
-def test_nearer_counts_in_blocks_and_shares_places(monkeypatch: pytest.MonkeyPatch):
+def test_nearer_counts_in_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(exact, "_BLOCK", 7)
     queries, gallery = _unit(50, 1), _unit(50, 2)
     gallery[10] = gallery[30] = gallery[45]
     similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
-    for index, count in enumerate(exact.nearer(queries, gallery)):
+    for index, counts in enumerate(zip(*exact.nearer(queries, gallery), strict=True)):
         more = [j for j in range(50) if similarity[index, j] > similarity[index, index] + 1e-9]
-        equal = [j for j in range(50) if abs(similarity[index, j] - similarity[index, index]) <= 1e-9 and j != index]
-        assert count == len(more) + len(equal) / 2
-        assert len(equal) == (2 if index in (10, 30, 45) else 0)
+        equal = [j for j in range(50) if abs(similarity[index, j] - similarity[index, index]) <= 1e-9]
+        assert counts == (len(more), len(equal))
+        assert len(equal) == (3 if index in (10, 30, 45) else 1)
 
 
 def test_the_gallery_has_the_last_good_row_of_each_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
