@@ -59,10 +59,10 @@ def classification(scores: Floats, labels: NDArray[np.bool_], classes: Sequence[
     return Classification(
         mean_auroc=_estimate(float(np.mean(defined)) if defined else None, _mean_of_defined(kept)),
         auroc={name: _estimate(point, row) for name, point, row in zip(classes, points, resampled, strict=True)},
-        f1=_estimate(float(f1_score(labels, predicted, average="weighted")), averages["f1"]),
+        f1=_estimate(_weighted_f1(labels, predicted), averages["f1"]),
         accuracy=_estimate(float(accuracy_score(labels.ravel(), predicted.ravel())), averages["accuracy"]),
-        precision=_estimate(float(precision_score(labels, predicted, average="micro")), averages["precision"]),
-        recall=_estimate(float(recall_score(labels, predicted, average="micro")), averages["recall"]),
+        precision=_estimate(float(precision_score(labels.ravel(), predicted.ravel())), averages["precision"]),
+        recall=_estimate(float(recall_score(labels.ravel(), predicted.ravel())), averages["recall"]),
     )
 
 
@@ -97,6 +97,18 @@ def retrieval(queries: Floats, gallery: Floats, seed: int = 0) -> dict[str, Esti
     draws = np.random.default_rng(seed).integers(0, len(queries), (RESAMPLES, len(queries)))
     hits = {k: np.clip((k - before) / equal, 0, 1) for k in RECALL_AT}
     return {f"R@{k}": _estimate(float(hit.mean()), hit[draws].mean(axis=1)) for k, hit in hits.items()}
+
+
+def _weighted_f1(labels: NDArray[np.bool_], predicted: NDArray[np.bool_]) -> float | None:
+    """F1 of each class, averaged by the scans that have it; None where no scan has any.
+
+    Class by class: scikit-learn takes a table of one column for two classes, present and absent, and averages those.
+    """
+    there = labels.sum(axis=0)
+    if not there.any():
+        return None
+    each = [f1_score(label, found) for label, found in zip(labels.T, predicted.T, strict=True)]
+    return float(np.average(each, weights=there))
 
 
 def _estimate(value: float | None, resampled: Floats) -> Estimate:

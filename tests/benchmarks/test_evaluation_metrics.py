@@ -130,3 +130,34 @@ def test_all_reports_equal():
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_one_class_is_judged_by_its_presence():
+    """Not by the mean over presence and absence, of which the second is most of the cells."""
+    scores, labels = _case(scans=200, classes=1)
+    predicted = np.rint(scores[:, 0]).astype(bool)
+    found = classification(scores, labels, ["a"])
+    for estimate, expected in ((found.f1, f1_score(labels[:, 0], predicted)),
+                               (found.precision, precision_score(labels[:, 0], predicted)),
+                               (found.recall, recall_score(labels[:, 0], predicted))):
+        assert estimate.value == pytest.approx(expected)
+        assert estimate.low < estimate.value < estimate.high
+    assert found.f1.value < found.accuracy.value - 0.2
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_averages_are_those_of_sklearn(classes: int):
+    scores, labels = _case(classes=classes)
+    predicted = np.rint(scores).astype(bool)
+    found = classification(scores, labels, list("abcde")[:classes])
+    assert found.f1.value == pytest.approx(f1_score(labels, predicted, average="weighted"))
+    assert found.precision.value == pytest.approx(precision_score(labels, predicted, average="micro"))
+    assert found.recall.value == pytest.approx(recall_score(labels, predicted, average="micro"))
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_findings_that_nobody_has(classes: int):
+    """F1, which weighs classes by the scans that have them, is not defined."""
+    found = classification(np.full((20, classes), 0.7), np.zeros((20, classes), bool), list("abc")[:classes])
+    assert (found.f1.value, found.f1.low, found.f1.high) == (None, None, None)
+    assert (found.precision.value, found.precision.low, found.precision.high) == (0, 0, 0)
