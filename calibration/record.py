@@ -14,18 +14,20 @@ import numpy as np
 import onnx
 
 from ..runtime.errors import InputError
-from ..runtime.files import atomic_file, require_file
+from ..runtime.files import atomic_file, require_file, sha256_file
 from .histogram import BINS, Histogram
 
-_FORMAT = "dcformer-deploy calibration 1"
+_FORMAT = "dcformer-deploy calibration 2"
+#: Names of the scans' files stood in it, and names may be those of patients.
+_WITH_NAMES = "dcformer-deploy calibration 1"
 
 
 @dataclass(frozen=True)
 class Record:
     """Observations of one graph.
 
-    ``model``: digest of the graph and its weights. ``scans``: names of the files, in their order; ``data``: digest of
-    their contents. ``histograms``: by activation.
+    ``model``: digest of the graph and its weights. ``scans``: ``scan_digest`` of each, in their order; empty strings
+    from files of an earlier version. ``data``: digest of their contents. ``histograms``: by activation.
     """
 
     model: str
@@ -42,6 +44,22 @@ def model_digest(proto: onnx.ModelProto) -> str:
 def data_digest(digests: Iterable[str]) -> str:
     """sha256 over the sha256 of files, in their order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def scan_digest(sha256: str, options: Mapping[str, Any]) -> str:
+    """Of a scan's content and of how it was read, wherever it lies and whatever it is called.
+
+    Args:
+        sha256: of the scan, as ``sha256_scan``.
+        options: as in ``Model.preprocess``; of a table of metadata its content counts.
+
+    Raises:
+        OSError: the table cannot be read.
+    """
+    told = {name: str(value) for name, value in options.items()}
+    if (table := options.get("metadata")) is not None:
+        told["metadata"] = sha256_file(Path(table))
+    return hashlib.sha256(json.dumps([sha256, told], sort_keys=True).encode()).hexdigest()
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -72,10 +90,11 @@ def read_record(path: Path, model: str) -> Record:
     require_file(path, "calibration cache")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] != _FORMAT:
+        if document["format"] not in (_FORMAT, _WITH_NAMES):
             raise ValueError(f"format {document['format']!r}")
         histograms = {name: _histogram(entry) for name, entry in document["activations"].items()}
-        record = Record(str(document["model"]), tuple(map(str, document["scans"])), str(document["data"]), histograms)
+        scans = ("" if document["format"] == _WITH_NAMES else str(scan) for scan in document["scans"])
+        record = Record(str(document["model"]), tuple(scans), str(document["data"]), histograms)
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a calibration cache of this version, or damaged; calibrate with --data DIR"
                          ) from error

@@ -44,9 +44,9 @@ def command(bundle: Path, data: Path | None, samples: int | None, split: str | N
             depthwise: str, cache: Path | None, threads: int | None, as_json: bool, **read_options: Any) -> None:
     """Add FP16 and INT8 graphs to BUNDLE, from what its activations look like on scans.
 
-    Nothing is kept of the scans but extremes and histograms of activations (calibration.json in the bundle), in memory
-    that does not grow with their number. An interrupted calibration goes on where it stopped. `dcformer retention`
-    shows how well the new graphs keep the answers.
+    Nothing is kept of the scans but digests of their contents, and extremes and histograms of activations
+    (calibration.json in the bundle), in memory that does not grow with their number. An interrupted calibration goes on
+    where it stopped. `dcformer retention` shows how well the new graphs keep the answers.
     """
     from ...calibration.add_precisions import ADDED, DEPTHWISE, Choice, add_precisions, bundle_record
     from ...calibration.calibrate import forget, image_graph, observe

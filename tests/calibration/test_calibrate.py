@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,11 +15,15 @@ import pytest
 from dcformer_deploy.calibration import add_precisions
 from dcformer_deploy.calibration import calibrate as module
 from dcformer_deploy.calibration.observe import Observer, activation_bytes, split_by_bytes
-from dcformer_deploy.calibration.record import model_digest, read_record
+from dcformer_deploy.calibration.record import model_digest, read_record, scan_digest
+from dcformer_deploy.calibration.scans import Scan
 from dcformer_deploy.runtime import CheckFailed, load
+from dcformer_deploy.runtime.backends import Options
 from dcformer_deploy.runtime.bundle import open_bundle
 from dcformer_deploy.runtime.cli.app import main
-from dcformer_deploy.runtime.files import cache_folder
+from dcformer_deploy.runtime.cli.output import progress
+from dcformer_deploy.runtime.errors import DcformerWarning
+from dcformer_deploy.runtime.files import cache_folder, sha256_file
 from dcformer_deploy.runtime.volume import image_feeds
 
 #: Without measuring, which takes seconds; ``test_integers`` has it.
@@ -95,7 +100,8 @@ def test_observations_are_those_of_all_activations_at_once(calibrated: Path, sca
     bundle = open_bundle(calibrated)
     proto = onnx.load(calibrated / "image.fp32.onnx")
     record = read_record(calibrated / "calibration.json", model_digest(proto))
-    assert set(record.scans) <= {path.name for path in scans.iterdir()} and len(record.scans) == 3
+    by_digest = {scan_digest(sha256_file(path), {}): path for path in scans.iterdir()}
+    assert len(record.scans) == 3
     model = load(calibrated)
     everything = onnx.ModelProto()
     everything.CopyFrom(proto)
@@ -108,8 +114,8 @@ def test_observations_are_those_of_all_activations_at_once(calibrated: Path, sca
     session = onnxruntime.InferenceSession(everything.SerializeToString(), options)
     observer = Observer(proto, names, 2, budget_bytes=1 << 20)
     lows = dict.fromkeys(names, np.inf)
-    for name in record.scans:
-        feeds = image_feeds(bundle.manifest.graphs[0].inputs, model.preprocess(scans / name)[None])
+    for digest in record.scans:
+        feeds = image_feeds(bundle.manifest.graphs[0].inputs, model.preprocess(by_digest[digest])[None])
         observer.observe(feeds)
         for key, values in zip(names, session.run(names, feeds), strict=True):
             lows[key] = min(lows[key], float(values.min()))
@@ -142,6 +148,106 @@ def test_interrupted_calibration_goes_on(copy: Path, scans: Path, monkeypatch: p
     assert len(seen) == 3
     assert (copy / "calibration.json").read_text() == (calibrated / "calibration.json").read_text()
     assert not list((cache_folder() / "calibrate").iterdir())
+
+
+def _observe(bundle: Path, chosen: list[Scan], state: Path, monkeypatch: pytest.MonkeyPatch, most: int | None = None):
+    """How many scans were observed until the interruption, if any, and the record."""
+    seen, record = [], None
+    observe = Observer.observe
+
+    def counted(self, feeds):
+        if len(seen) == most:
+            raise KeyboardInterrupt
+        seen.append(1)
+        observe(self, feeds)
+
+    with monkeypatch.context() as patch, progress() as display:
+        patch.setattr(Observer, "observe", counted)
+        try:
+            record, _ = module.observe(open_bundle(bundle), chosen, 3, state, Options(), display)
+        except KeyboardInterrupt:
+            assert most is not None
+    return len(seen), record
+
+
+def _table(path: Path, names: list[str], z_mm: float) -> Path:
+    rows = [f'{name},"[0.9, 0.9]",{z_mm},1,0\n' for name in names]
+    path.write_text("VolumeName,XYSpacing,ZSpacing,RescaleSlope,RescaleIntercept\n" + "".join(rows))
+    return path
+
+
+def test_goes_on_only_with_the_same_scans_and_table(pristine_bundle: Path, scans: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch):
+    """Not by name: a table that was mended, or a scan that was replaced, is observed anew, and all before it, too."""
+    folder = Path(shutil.copytree(scans, tmp_path / "scans"))
+    names = ["b.nii.gz", "c.nii", "d.nii.gz"]
+    table = _table(tmp_path / "table.csv", names, 9)
+    chosen = [Scan(folder / name, {"metadata": table}) for name in names]
+    state = tmp_path / "state.json"
+    assert _observe(pristine_bundle, chosen, state, monkeypatch, most=2) == (2, None)
+    assert not any(name in state.read_text() for name in names)
+    os.utime(folder / "b.nii.gz", (1, 1))  # the same content still
+    count, wrong = _observe(pristine_bundle, chosen, state, monkeypatch)
+    assert count == 1
+    _table(table, names, 1.5)
+    count, record = _observe(pristine_bundle, chosen, state, monkeypatch)
+    assert count == 3
+    assert record.scans != wrong.scans and record.data == wrong.data
+    expected = _observe(pristine_bundle, chosen, tmp_path / "other.json", monkeypatch)[1]
+    assert {name: (h.low, h.high, h.counts.tolist()) for name, h in record.histograms.items()} == {
+        name: (h.low, h.high, h.counts.tolist()) for name, h in expected.histograms.items()}
+    assert {name: h.low for name, h in record.histograms.items()} != {
+        name: h.low for name, h in wrong.histograms.items()}
+    shutil.copy(scans / "d.nii.gz", folder / "b.nii.gz")
+    count, replaced = _observe(pristine_bundle, chosen, state, monkeypatch)
+    assert count == 3 and replaced.data != record.data
+
+
+def test_goes_on_behind_a_scan_that_cannot_be_read(pristine_bundle: Path, scans: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken.nii.gz").write_bytes(b"no gzip")
+    names = ["a.nii.gz", "b.nii.gz", "c.nii"]
+    chosen = [Scan(scans / names[0]), Scan(tmp_path / "broken.nii.gz"), *(Scan(scans / name) for name in names[1:])]
+    with pytest.warns(DcformerWarning, match="left out: .*broken.nii.gz"):
+        assert _observe(pristine_bundle, chosen, tmp_path / "state.json", monkeypatch, most=2) == (2, None)
+    count, record = _observe(pristine_bundle, chosen, tmp_path / "state.json", monkeypatch)
+    assert count == 1
+    assert record.scans == tuple(scan_digest(sha256_file(scans / name), {}) for name in names)
+
+
+def test_scan_that_changes_while_it_is_read_is_left_out(pristine_bundle: Path, scans: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch):
+    folder = Path(shutil.copytree(scans, tmp_path / "scans"))
+    paths = sorted(folder.iterdir())
+    read = module.read_feeds
+
+    def touching(path, *arguments):
+        found = read(path, *arguments)
+        if path == paths[1]:
+            os.utime(path, (1, 1))
+        return found
+
+    monkeypatch.setattr(module, "read_feeds", touching)
+    with pytest.warns(DcformerWarning, match="left out: .*b.nii.gz: changed while it was read"):
+        _, record = _observe(pristine_bundle, [Scan(path) for path in paths], tmp_path / "s.json", monkeypatch)
+    assert record.scans == tuple(scan_digest(sha256_file(path), {}) for path in (paths[0], *paths[2:]))
+
+
+def test_nothing_kept_names_a_scan(calibrated: Path, scans: Path):
+    for path in scans.iterdir():
+        for file in calibrated.iterdir():
+            assert path.name.encode() not in file.read_bytes(), file
+
+
+def test_files_of_an_earlier_version_lose_their_names(calibrated: Path, copy: Path, tmp_path: Path, capsys):
+    old = json.loads((calibrated / "calibration.json").read_text())
+    old |= {"format": "dcformer-deploy calibration 1", "scans": ["doe_john.nii.gz", "b.nii.gz", "c.nii"]}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert main([*CALIBRATE, str(copy), "--cache", str(tmp_path / "old.json"), "--precision", "fp16", "--json"]) == 0
+    (conversion,) = json.loads(capsys.readouterr().out)
+    assert (conversion["scans"], conversion["data"]) == (3, old["data"])
+    assert "nii" not in (copy / "calibration.json").read_text()
+    assert main([*CALIBRATE, str(copy), "--precision", "fp16"]) == 0  # and is read again
 
 
 def test_observations_outlive_a_failure_to_write(copy: Path, scans: Path, monkeypatch: pytest.MonkeyPatch):
