@@ -119,6 +119,20 @@ def file_facts(path: ScanPath) -> tuple[int, int] | None:
     return sum(status.st_size for _, status in found), number
 
 
+def visible_files(folder: Path, endings: tuple[str, ...] = ("",)) -> list[Path]:
+    """What lies below a folder, but for hidden files and hidden folders, where programs keep what is not finished.
+
+    Args:
+        endings: of the names, in small letters; names may have them in capitals.
+    """
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names
+                  if not name.startswith(".") and name.lower().endswith(endings)]
+    return sorted(found)
+
+
 def sha256_scan(path: ScanPath) -> str:
     """Hex sha256 of a file, or of the names and contents of a folder's files or of those in a list."""
     if isinstance(path, Path) and not os.path.isdir(path):  # noqa: PTH112

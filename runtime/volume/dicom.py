@@ -8,15 +8,13 @@ Source: DICOM PS3.3, C.7.6.2 (image plane), C.7.6.3 (pixels), C.8.2.1 (CT image)
 
 from __future__ import annotations
 
-import io
 import lzma
-import re
 import struct
 import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from pydicom.pixels.utils import pixel_array
 
 from ..errors import DcformerWarning, InputError, one_line
 from ..scan_files import ScanPath, SliceFiles, as_scan, file_facts, require_scan
+from .dicom_files import SourceFile, source_files
 from .dicom_geometry import Placed, arrange
 from .geometry import axis_codes, reorient
 from .hounsfield import check_voxels
@@ -45,8 +44,6 @@ _TAGS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "Mod
          "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope",
          "RescaleIntercept", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
          "FrameOfReferenceUID")
-#: A zip that unpacks to more is refused, as is one that grows by more than pixels can.
-_LARGEST_ZIP_BYTES, _LARGEST_RATIO = 8 << 30, 200
 #: Fewer slices are a localizer or a fragment, not a scan of a chest.
 _FEWEST_SLICES = 8
 #: What damaged files make pydicom raise.
@@ -57,18 +54,10 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True)
-class _File:
-    """A file of a source: its name for messages, and how to open it."""
-
-    name: str
-    open: Callable[[], Any]
-
-
-@dataclass(frozen=True)
 class _Header:
     """What is needed of a file before its pixels."""
 
-    file: _File
+    file: SourceFile
     dataset: pydicom.Dataset
 
     def value(self, tag: str) -> Any:
@@ -134,53 +123,18 @@ def read_dicom(source: str | ScanPath, target_orientation: str, options: ReadOpt
     return volume if doubt is None else replace(volume, notes=(*grid.notes, doubt))
 
 
-# ------------------------------------------------------------------ files
-
-
-def _files(path: ScanPath) -> Iterator[_File]:
-    """All files of a list; else of a source but hidden ones; a zip is read in memory, nothing is unpacked to disk."""
-    if isinstance(path, SliceFiles):
-        yield from (_File(str(file), lambda file=file: file.open("rb")) for file in path.files)
-        return
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
-                yield _File(str(file), lambda file=file: file.open("rb"))
-        return
-    if path.suffix.lower() != ".zip":
-        yield _File(str(path), lambda: path.open("rb"))
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
-    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: not a zip file, or damaged ({one_line(str(error))})") from error
-    if astray := next((info.filename for info in members if _leads_out(info.filename)), None):
-        raise InputError(f"{path}: refused: its file {astray!r} would lie outside of the folder that it is unpacked to")
-    size = sum(info.file_size for info in members)
-    if size > _LARGEST_ZIP_BYTES or size > max(1, path.stat().st_size) * _LARGEST_RATIO:
-        raise InputError(f"{path}: unpacks to {size:,} bytes; refused")
-    for info in sorted(members, key=lambda info: info.filename):
-        if not any(part.startswith((".", "__MACOSX")) for part in Path(info.filename).parts):
-            yield _File(f"{path}/{info.filename}", lambda info=info: io.BytesIO(_member(path, info)))
-
-
-def _leads_out(name: str) -> bool:
-    """Absolute, with a drive, or upwards; by the rules of any system."""
-    plain = name.replace("\\", "/")
-    return plain.startswith("/") or re.match("[A-Za-z]:", plain) is not None or ".." in plain.split("/")
-
-
-def _member(path: Path, info: zipfile.ZipInfo) -> bytes:
-    with zipfile.ZipFile(path) as archive, archive.open(info) as member:
-        return member.read(info.file_size)
+# ------------------------------------------------------------------ headers
 
 
 def _read_headers(path: ScanPath) -> list[_Header]:
-    """Of all DICOM images; other files, such as DICOMDIR or pictures, are passed over."""
+    """Of all DICOM images; other files, such as DICOMDIR or pictures, are passed over.
+
+    Raises:
+        InputError: no image, a damaged one, or a file that is none though it is named like those that are.
+    """
     require_scan(path)
-    found, others = [], 0
-    for file in _files(path):
+    found, none, others = list[_Header](), list[str](), 0
+    for file in source_files(path):
         try:
             with file.open() as stream:
                 dataset = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(_TAGS))
@@ -188,10 +142,7 @@ def _read_headers(path: ScanPath) -> list[_Header]:
         except InvalidDicomError as error:
             if isinstance(path, SliceFiles):
                 raise InputError(f"{file.name}: no DICOM file, or damaged; expected slices only in a list") from error
-            if Path(file.name).suffix.lower() in _DICOM_SUFFIXES:
-                raise InputError(f"{file.name}: no DICOM file, though its name says nothing else: damaged, or to be "
-                                 "moved away") from error
-            others += 1
+            none.append(file.name)
             continue
         except (*_DAMAGE, MemoryError) as error:  # a length in it that is beyond all memory
             raise InputError(f"{file.name}: damaged DICOM file ({_brief(error)})") from error
@@ -201,9 +152,19 @@ def _read_headers(path: ScanPath) -> list[_Header]:
             found.append(_Header(file, dataset))
         else:
             others += 1
+    endings = {*_DICOM_SUFFIXES, *(_ending(header.file.name) for header in found)}
+    if (name := next((name for name in none if _ending(name) in endings), None)) is not None:
+        raise InputError(f"{name}: no DICOM file, though its name says nothing else: damaged, or to be moved away")
     if not found:
-        raise InputError(f"{path}: no DICOM image in it ({others} other files); expected the slices of a CT series")
+        raise InputError(f"{path}: no DICOM image in it ({others + len(none)} other files); expected the slices of a "
+                         "CT series")
     return found
+
+
+def _ending(name: str) -> str:
+    """What a name says of the kind of its file: nothing where it ends in a number, as UIDs do, and IM.0001."""
+    suffix = Path(name).suffix.lower()
+    return "" if suffix[1:].isdecimal() else suffix
 
 
 # ------------------------------------------------------------------ series
