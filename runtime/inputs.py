@@ -48,7 +48,8 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
     """
     inputs = list(inputs)
     require_folder(inputs, split)
-    found_scans = [scan for given in inputs for scan in _expand(given, split)]
+    table = options.get("metadata")
+    found_scans = [scan for given in inputs for scan in _expand(given, split, Path(table) if table else None)]
     metadata = {scan.path: scan.metadata for scan in found_scans if scan.metadata is not None}
     paths = slices_together(scan.path for scan in found_scans)
     searched = {scan.path: scan.folder for scan in found_scans}
@@ -152,19 +153,20 @@ class _Found:
     folder: Path | None = None
 
 
-def _expand(given: str | ScanPath, split: str | None) -> Iterator[_Found]:
+def _expand(given: str | ScanPath, split: str | None, metadata: Path | None) -> Iterator[_Found]:
+    """``metadata``: a table that the caller gave, so that those of folders are not asked."""
     if isinstance(given, SliceFiles):
         yield _Found(given)
         return
     path = named(given)
     if path.is_dir():
-        yield from (_Found(scan, metadata, path) for scan, metadata in find_scans(path, split))
+        yield from (_Found(scan, table, path) for scan, table in find_scans(path, split, metadata))
     elif path.suffix.lower() in _LISTS:
         yield from map(_Found, _read_list(path))
     elif _is_pattern(given):
         for match in _matches(str(given)):
             try:
-                yield from _expand(match, split) if match.is_dir() else [_Found(match)]
+                yield from _expand(match, split, metadata) if match.is_dir() else [_Found(match)]
             except NoScans as error:
                 warnings.warn(f"passed over: {error}", DcformerWarning, stacklevel=2)
     else:

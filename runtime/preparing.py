@@ -17,7 +17,7 @@ from .files import atomic_file, is_full, writing_error
 from .inputs import find_items, is_file, require_folder
 from .model import Model
 from .scan_files import ScanPath, SliceFiles, file_facts, path_text, require_scan, sha256_scan
-from .volume.folder import NAME_COLUMN, table_header
+from .volume.folder import NAME_COLUMN, table_header, tables_below
 from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, read_origin, write_prepared
 
 
@@ -87,7 +87,7 @@ def find_tables(inputs: Iterable[str | Path], out: Path) -> dict[Path, Path]:
     """
     tables: dict[Path, Path] = {}
     for folder in (Path(given) for given in inputs if Path(given).is_dir()):
-        for path in sorted(folder.rglob("*.csv")):
+        for path in tables_below(folder):
             if NAME_COLUMN in table_header(path) and (
                     other := tables.setdefault(out / path.relative_to(folder), path)) != path:
                 raise InputError(f"{path} and {other} have the same name; prepare into two folders")

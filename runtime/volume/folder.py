@@ -8,28 +8,36 @@ columns, wherever below the folder they lie.
 from __future__ import annotations
 
 import csv
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import InputError, suggestion
 from ..files import require_file
+from ..scan_files import visible_files
 from .dicom_source import find_dicom, is_dicom_source
 from .dicom_split import warn_of_split
+from .metadata import as_numbers, table_name
 from .prepared import SUFFIX, is_prepared
 
 NAME_COLUMN = "VolumeName"
 METADATA_COLUMNS = ("XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept")
-_VOLUMES = (".nii.gz", ".nii")
+#: Endings of volumes, and of tables, in small letters; names may have them in capitals.
+_VOLUMES, _TABLES = (".nii.gz", ".nii"), (".csv",)
 SCANS = (*_VOLUMES, *(f"{ending}{SUFFIX}" for ending in _VOLUMES))
+_SPLITS = ("train", "valid")
 
 
 class NoScans(InputError):
     """A folder without any scan."""
 
 
-def find_scans(folder: Path, split: str | None = None) -> list[tuple[Path, Path | None]]:
+def find_scans(folder: Path, split: str | None = None, metadata: Path | None = None
+               ) -> list[tuple[Path, Path | None]]:
     """All scans below a folder by name, labelled or not, each with the table of its metadata if there is one.
+
+    Args:
+        metadata: a table instead of those below the folder.
 
     Raises:
         InputError: no such folder, no scans, or a choice left open.
@@ -37,49 +45,110 @@ def find_scans(folder: Path, split: str | None = None) -> list[tuple[Path, Path 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected one with .nii, .nii.gz or DICOM volumes")
     volumes = find_volumes(folder, split)
-    metadata = metadata_files(choose_tables(None, sorted(folder.rglob("*.csv")), METADATA_COLUMNS, "metadata"))
-    return [(volumes[name], metadata_of(volumes[name], name, metadata)) for name in sorted(volumes, key=natural_order)]
+    tables = choose_tables(metadata, tables_below(folder), METADATA_COLUMNS, "metadata")
+    if metadata is not None:
+        require_one_each(folder, volumes, tables)
+    files = metadata_files(tables)
+    return [(volumes[name], metadata_of(volumes[name], name, files)) for name in sorted(volumes, key=natural_order)]
 
 
 def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
-    """Path by the name that tables use, which is always that of the compressed file."""
-    volumes: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*.nii*")):
-        if not path.name.endswith(SCANS) or path.name.startswith("."):
-            continue
-        name = path.name.removesuffix(SUFFIX)
-        name = name if name.endswith(".gz") else f"{name}.gz"
-        if name in volumes:
-            raise InputError(f"{folder}: {name} is there twice: {volumes[name]} and {path}; move one away")
-        volumes[name] = path
+    """Path by the name that tables use, always that of the compressed file; by its place where several have that name.
+
+    Raises:
+        InputError: no scans, a choice left open, a file and its copy in another form in one folder, or a table below
+            the folder that names what several are called.
+    """
+    volumes = _nifti(folder)
     volumes |= _dicom(folder, volumes)
     if not volumes:
         raise NoScans(f"{folder}: no .nii, .nii.gz or DICOM volume below it; expected a data set in CT-RATE's "
                          "layout, or any folder of scans")
-    splits = sorted({name.split("_")[0] for name in volumes})
+    volumes = _of_split(folder, volumes, split)
+    require_one_each(folder, volumes, (table for table in tables_below(folder) if NAME_COLUMN in table_header(table)))
+    return volumes
+
+
+def _nifti(folder: Path) -> dict[str, Path]:
+    """Files, prepared ones too."""
+    files = [path for path in visible_files(folder) if path.name.removesuffix(SUFFIX).lower().endswith(_VOLUMES)]
+    names = Counter(map(_listed_as, files))
+    volumes: dict[str, Path] = {}
+    for path in files:
+        name = _listed_as(path)
+        place = name if names[name] == 1 else str(path.relative_to(folder).with_name(name))
+        if (other := volumes.setdefault(place, path)) != path:
+            raise InputError(f"{folder}: {name} is there twice: {other} and {path}; move one away")
+    return volumes
+
+
+def _dicom(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Folders of slices and zip files; ``files``: by name, those of other kinds, which come first."""
+    found = dict(find_dicom(folder))
+    warn_of_split({path: first for path, first in found.items() if path != first})
+    names = Counter(map(_listed_as, found))
+    taken = set(map(_listed_as, files.values()))
+    volumes = {}
+    for path in found:
+        name = _listed_as(path)
+        if names[name] > 1 or name in taken:
+            name = f"{path.relative_to(folder)}.nii.gz"
+            name = str(path.relative_to(folder)) if name in files else name  # a folder, and what it was converted to
+        volumes[name] = path
+    return volumes
+
+
+def _listed_as(path: Path) -> str:
+    """The name by which a table would list a scan; for DICOM as if it had been converted."""
+    name = path.name.removesuffix(SUFFIX)
+    if name.lower().endswith(_VOLUMES):
+        return table_name(name)
+    return f"{path.stem if path.suffix.lower() == '.zip' else path.name}.nii.gz"
+
+
+def _of_split(folder: Path, volumes: Mapping[str, Path], split: str | None) -> dict[str, Path]:
+    """Those whose name, or a folder that tells them apart, begins with the split."""
+    splits = sorted(set(map(_split_of, volumes)))
     if split is None:
-        if len(splits) > 1 and set(splits) & {"train", "valid"}:
+        if len(splits) > 1 and set(splits) & set(_SPLITS):
             raise InputError(f"{folder}: holds volumes of {', '.join(splits)}; choose with --split")
-        return volumes
-    chosen = {name: path for name, path in volumes.items() if name.startswith(f"{split}_")}
+        return dict(volumes)
+    chosen = {name: path for name, path in volumes.items()
+              if any(f"{part}_".startswith(f"{split}_") for part in name.split("/"))}
     if not chosen:
         raise InputError(f"{folder}: no volume of split {split!r}{suggestion(split, splits)}; there are "
                          f"{', '.join(splits[:5])}")
     return chosen
 
 
-def _dicom(folder: Path, taken: Mapping[str, Path]) -> dict[str, Path]:
-    """Folders of slices and zip files, by the name that a table would use; by their path where that is not unique."""
-    found = dict(find_dicom(folder))
-    warn_of_split({path: first for path, first in found.items() if path != first})
-    names = Counter(path.stem if path.suffix == ".zip" else path.name for path in found)
-    volumes = {}
-    for path in found:
-        name = path.stem if path.suffix == ".zip" else path.name
-        if names[name] > 1 or f"{name}.nii.gz" in taken:
-            name = str(path.relative_to(folder))
-        volumes[f"{name}.nii.gz"] = path
-    return volumes
+def _split_of(name: str) -> str:
+    beginnings = [part.split("_")[0] for part in reversed(name.split("/"))]
+    return next((part for part in beginnings if part in _SPLITS), beginnings[0])
+
+
+def require_one_each(folder: Path, volumes: Mapping[str, Path], tables: Iterable[Path]) -> None:
+    """Raise InputError if a table names what several volumes are called, so that nobody knows which it means.
+
+    Args:
+        volumes: as ``find_volumes`` has them. tables: with a column of names.
+    """
+    called: defaultdict[str, list[Path]] = defaultdict(list)
+    for path in volumes.values():
+        called[_listed_as(path)].append(path)
+    # A file goes before DICOM, which it was made of.
+    files = {name: [path for path in paths if not is_dicom_source(path) or is_prepared(path)] or paths
+             for name, paths in called.items() if len(paths) > 1}
+    several = {name: paths for name, paths in files.items() if len(paths) > 1}
+    for table, name, _ in table_rows(tables) if several else ():
+        if name in several:
+            first, second, *_ = several[name]
+            raise InputError(f"{folder}: {name} is there twice: {first} and {second}, and {table} names it; move one "
+                             "away, or list both by their places below the folder")
+
+
+def tables_below(folder: Path) -> list[Path]:
+    """CSV files, with whatever columns."""
+    return visible_files(folder, _TABLES)
 
 
 def metadata_of(path: Path, name: str, metadata: Mapping[str, Path]) -> Path | None:
@@ -89,7 +158,7 @@ def metadata_of(path: Path, name: str, metadata: Mapping[str, Path]) -> Path | N
 
 def natural_order(name: str) -> tuple[object, ...]:
     """valid_2 before valid_10."""
-    return tuple((1, int(part), "") if part.isdigit() else (0, 0, part)
+    return tuple((1, int(part), "") if part.isdecimal() else (0, 0, part)
                  for part in name.removesuffix(".nii.gz").split("_"))
 
 
@@ -122,17 +191,28 @@ def table_header(path: Path) -> set[str]:
 
 
 def table_rows(paths: Iterable[Path]) -> Iterable[tuple[Path, str, dict[str, str]]]:
-    """Rows of CSV files: the file, the volume's name, the row."""
+    """Rows of CSV files: the file, the volume's name as ``table_name`` has it, the row."""
     for path in paths:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 for row in csv.DictReader(file):
-                    name = (row[NAME_COLUMN] or "").strip()
-                    yield path, name if name.endswith(".gz") else f"{name}.gz", row
+                    yield path, table_name(row[NAME_COLUMN] or ""), row
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path}: not a CSV text file ({error})") from error
 
 
 def metadata_files(paths: Sequence[Path]) -> dict[str, Path]:
-    """The file in which to look a volume up; its values are read when the volume is."""
-    return {name: path for path, name, _ in table_rows(paths)}
+    """The file in which to look a volume up; its values are read when the volume is.
+
+    Raises:
+        InputError: files that say different things of a volume.
+    """
+    found, firsts = dict[str, Path](), dict[str, tuple[Path, dict[str, str]]]()
+    for path, name, row in table_rows(paths):
+        found[name] = path
+        first, other = firsts.setdefault(name, (path, {column: row[column] or "" for column in METADATA_COLUMNS}))
+        for column, value in other.items() if first != path else ():
+            if as_numbers(row[column] or "") != as_numbers(value):
+                raise InputError(f"{first} and {path} contradict each other: {name}: {column} is {value!r} and "
+                                 f"{row[column] or ''!r}; move one away, or choose one with --metadata")
+    return found

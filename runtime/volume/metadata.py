@@ -25,8 +25,11 @@ class VolumeMetadata:
     intercept: float
 
 
-def read_metadata(path: str | Path, volume_name: str) -> VolumeMetadata:
-    """The row of ``volume_name`` in a CSV with CT-RATE's columns; ``XYSpacing`` is written ``[x, y]``.
+def read_metadata(path: str | Path, volume: Path) -> VolumeMetadata:
+    """The row of a volume in a CSV with CT-RATE's columns; ``XYSpacing`` is written ``[x, y]``.
+
+    Args:
+        volume: listed by its name, or by the end of its path where several have that name.
 
     Raises:
         InputError: no such file, column or volume, or a value that is no usable number.
@@ -35,9 +38,9 @@ def read_metadata(path: str | Path, volume_name: str) -> VolumeMetadata:
     require_file(path, "metadata CSV")
     facts = path.stat()
     table = _table(path, facts.st_mtime_ns, facts.st_size)
-    # CT-RATE lists x.nii.gz; the file at hand may have been unpacked to x.nii.
-    names = {volume_name, volume_name + ".gz", volume_name.removesuffix(".gz")}
-    rows = [row for name in sorted(names) for row in table.get(name, ())]
+    volume_name, parts = volume.name, volume.absolute().parts
+    ends = (table_name("/".join(parts[-count:])) for count in range(1, len(parts) + 1))
+    rows = next((table[end] for end in ends if end in table), ())
     if not rows:
         raise InputError(f"{path}: no row with VolumeName {volume_name!r}")
     if any(row != rows[0] for row in rows):
@@ -53,9 +56,19 @@ def read_metadata(path: str | Path, volume_name: str) -> VolumeMetadata:
     return VolumeMetadata((x, y, z), slope, intercept)
 
 
+def table_name(name: str) -> str:
+    """The name under which tables are searched: CT-RATE lists x.nii.gz, and the file at hand may be x.nii or X.NII.
+
+    Blanks around it, which come with tables that were edited by hand, are no part of it.
+    """
+    name = name.strip()
+    stem = name[: -len(".gz")] if name.lower().endswith(".gz") else name
+    return f"{stem[: -len('.nii')]}.nii.gz" if stem.lower().endswith(".nii") else f"{stem}.gz"
+
+
 @lru_cache(maxsize=4)
 def _table(path: Path, changed_ns: int, size: int) -> dict[str, list[dict[str, str]]]:
-    """Rows by volume. Kept, as one table may be asked about fifty thousand scans."""
+    """Rows by volume, as ``table_name`` has it. Kept, as one table may be asked about fifty thousand scans."""
     del changed_ns, size  # another table
     found: dict[str, list[dict[str, str]]] = {}
     try:
@@ -64,18 +77,23 @@ def _table(path: Path, changed_ns: int, size: int) -> dict[str, list[dict[str, s
             if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
                 raise InputError(f"{path}: no column {missing[0]}; expected CT-RATE's: {', '.join(_COLUMNS)}")
             for row in reader:
-                found.setdefault(row["VolumeName"], []).append({name: row[name] for name in _COLUMNS})
+                found.setdefault(table_name(row["VolumeName"] or ""), []).append({name: row[name] for name in _COLUMNS})
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV text file ({error})") from error
     return found
 
 
+def as_numbers(text: str) -> list[float] | str:
+    """What a cell says: ``[0.7, 0.7]`` is two numbers; one that holds none stays text."""
+    try:
+        return [float(part) for part in re.sub(r"[\[\]()]", "", text).split(",")]
+    except ValueError:
+        return text.strip()
+
+
 def _numbers(path: Path, volume_name: str, row: dict[str, str], column: str, count: int) -> list[float]:
     text = row[column] or ""
-    try:
-        values = [float(part) for part in re.sub(r"[\[\]()]", "", text).split(",")]
-    except ValueError:
-        values = []
+    values = found if isinstance(found := as_numbers(text), list) else []
     if len(values) != count or not all(math.isfinite(value) for value in values):
         raise InputError(f"{path}: {volume_name}: {column} is {text!r}; expected {count} number{'s' * (count > 1)}")
     return values

@@ -80,7 +80,7 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
     before = _identity(path)
     header = _read_header(path)
     shape = _check_layout(path, header)
-    metadata = read_metadata(options.metadata, path.name) if options.metadata is not None else None
+    metadata = read_metadata(options.metadata, path) if options.metadata is not None else None
     spacing = choose_spacing(path, header.geometry, options, metadata, needs_spacing)
     stored = _read_voxels(path, header, shape, before)
     orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
