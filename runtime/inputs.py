@@ -50,17 +50,23 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
     require_folder(inputs, split)
     table = options.get("metadata")
     found_scans = [scan for given in inputs for scan in _expand(given, split, Path(table) if table else None)]
-    metadata = {scan.path: scan.metadata for scan in found_scans if scan.metadata is not None}
+    # A scan may be named in several ways, and its folder, which knows of the table, by one of them.
+    metadata = {_place(scan.path): scan.metadata for scan in found_scans if scan.metadata is not None}
     paths = slices_together(scan.path for scan in found_scans)
     searched = {scan.path: scan.folder for scan in found_scans}
     warn_of_parts({path: searched.get(path) or path for path in paths})
     found = []
     for path in paths:
-        own = {"metadata": metadata[path]} if path in metadata else {}
+        own = {"metadata": metadata[place]} if (place := _place(path)) in metadata else {}
         found.append(Item(path.absolute(), {**own, **options}))
     if not found:
         raise InputError("no scan in what was given")
     return found
+
+
+def _place(path: ScanPath) -> ScanPath:
+    """The same for all names of a file but links to it."""
+    return path if isinstance(path, SliceFiles) else Path(os.path.realpath(path.parent), path.name)
 
 
 def slices_together(paths: Iterable[_T | ScanPath]) -> list[_T | ScanPath]:

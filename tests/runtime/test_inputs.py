@@ -48,6 +48,18 @@ def test_metadata_of_a_folder_is_used_where_it_has_the_scan(tree: Path):
     assert found == {"valid_2_a_1.nii.gz": {"metadata": tree / "metadata.csv"}, "valid_10_a_1.nii.gz": {}}
 
 
+@pytest.mark.parametrize("spelling", ["a/valid_2_a_1.nii.gz", "b/../a/valid_2_a_1.nii.gz", "link/valid_2_a_1.nii.gz",
+                                      "{tree}/a/valid_2_a_1.nii.gz"])
+def test_metadata_of_a_scan_that_is_named_twice(tree: Path, monkeypatch: pytest.MonkeyPatch, spelling: str):
+    """Without the table the same file would be read as if it had no metadata, and its last name counts in a store."""
+    (tree / "b" / "train_1_a_1.nii").unlink()
+    (tree / "link").symlink_to(tree / "a")
+    monkeypatch.chdir(tree)
+    for named in ([Path(), spelling.format(tree=tree)], [spelling.format(tree=tree), Path()]):
+        found = [item for item in find_items([str(name) for name in named], None, {}) if "_2_" in item.path.name]
+        assert [item.options for item in found] == [{"metadata": Path("metadata.csv")}] * 2
+
+
 def test_lists(tree: Path):
     (tree / "l.csv").write_text("id,path\n1,a/valid_2_a_1.nii.gz\n2,b/train_1_a_1.nii\n")
     pq.write_table(pa.table({"volume": ["a/valid_2_a_1.nii.gz", "b/train_1_a_1.nii"]}), tree / "l.parquet")
