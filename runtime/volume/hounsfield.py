@@ -1,5 +1,7 @@
 """Is this a CT in Hounsfield units? The commonest mistake with CT-RATE is rescaling twice, or not at all.
 
+A negative slope is no mistake in itself: what counts are the values that it makes.
+
 The test looks at shares of voxels, not at extremes: padding of any value, resampling that rings at its border, metal
 and single stray voxels occur in scans that are right.
 """
@@ -27,6 +29,10 @@ SMALLEST_SOFT_SHARE = 0.01
 LARGEST_SHARE_BELOW_AIR = 0.05
 #: Voxels lighter than air are padding if nearly all of them have one of very few values, give or take resampling.
 PADDING_BIN_HU, PADDING_BINS, SMALLEST_PADDING_SHARE = 50.0, 3, 0.8
+#: Denser than nearly all bone. Where more lies here than in air and lung, what is air seems to be dense. Cortical bone,
+#: metal with its streaks and contrast agents, in a field of view that they fill, take less than this share of it.
+DENSE_HU = 700.0
+SMALLEST_INVERTED_SHARE, DENSE_TO_AIR = 0.15, 2.0
 #: Beyond the extended CT scale (metal reaches 30,000 HU).
 HIGHEST_HU = 70_000.0
 #: Shares are counted on about so many slices; the range and the search for NaN cover all.
@@ -46,6 +52,7 @@ class _Values:
     highest_hu: float
     air_share: float
     soft_share: float
+    dense_share: float
     below_air_share: float
     padding_share: float
 
@@ -82,6 +89,10 @@ def check_voxels(path: ScanPath, volume: Volume, needs_hounsfield: bool, explici
     elif found.air_share < SMALLEST_AIR_SHARE:
         problem = (f"{span} and hardly any lies in the range of air and lung, which every chest CT shows: the rescale "
                    "slope and intercept were probably not applied")
+    elif found.dense_share > max(SMALLEST_INVERTED_SHARE, DENSE_TO_AIR * found.air_share):
+        problem = (f"{span}, {found.dense_share:.0%} of them denser than bone and {found.air_share:.0%} in the range "
+                   "of air and lung: air lies on the wrong side, so the slope has the wrong sign, or slope and "
+                   "intercept were not applied")
     else:
         return None
     if explicit:
@@ -122,7 +133,8 @@ def _measure(path: ScanPath, volume: Volume) -> _Values:
     padding = 1.0
     if below_air > LARGEST_SHARE_BELOW_AIR:
         padding = _share_of_fullest_bins(slope * counted[between(-np.inf, AIR_AND_LUNG_HU[0])].astype(np.float32))
-    return _Values(lowest, highest, share(*AIR_AND_LUNG_HU), share(*SOFT_TISSUE_HU), below_air, padding)
+    return _Values(lowest, highest, share(*AIR_AND_LUNG_HU), share(*SOFT_TISSUE_HU), share(DENSE_HU, np.inf),
+                   below_air, padding)
 
 
 def _share_of_fullest_bins(hounsfield: NDArray[np.floating[Any]]) -> float:
