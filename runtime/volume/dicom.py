@@ -29,7 +29,8 @@ from ..errors import DcformerWarning, InputError, one_line
 from ..scan_files import ScanPath, SliceFiles, as_scan, file_facts, require_scan
 from .dicom_files import SourceFile, source_files
 from .dicom_geometry import Placed, arrange
-from .geometry import axis_codes, reorient
+from .dicom_padding import AIR_HU, bright_padding, read_padding, stored_air
+from .geometry import axis_codes, describe_turn, reorient
 from .hounsfield import check_voxels
 from .nifti import MAX_VOXELS
 from .options import AS_STORED, ReadOptions, expand_spacing
@@ -43,7 +44,8 @@ _ENHANCED_CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2.1"
 _TAGS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "ImageType", "Rows",
          "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope",
          "RescaleIntercept", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
-         "FrameOfReferenceUID")
+         "FrameOfReferenceUID", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
+         "PixelPaddingRangeLimit")
 #: Fewer slices are a localizer or a fragment, not a scan of a chest.
 _FEWEST_SLICES = 8
 #: What damaged files make pydicom raise.
@@ -101,7 +103,7 @@ def read_dicom(source: str | ScanPath, target_orientation: str, options: ReadOpt
               for header in headers]
     grid = arrange(path, placed, spacing_yx, bool(options.resample_irregular))
     ordered = [headers[index] for index in grid.order]
-    voxels, scaling = _read_pixels(ordered, rows, columns)
+    voxels, scaling, padding_note = _read_pixels(ordered, rows, columns)
     if grid.resample is not None:
         voxels, scaling = grid.resample(scaling.slope * voxels.astype(np.float32) + scaling.intercept), LinearMap()
     stored = voxels.transpose(2, 1, 0)  # [k, row, column] to [x, y, z]
@@ -110,17 +112,20 @@ def read_dicom(source: str | ScanPath, target_orientation: str, options: ReadOpt
         spacing = expand_spacing(options.spacing)
     orientation = AS_STORED if options.orientation == AS_STORED else target_orientation
     affine = _LPS_TO_RAS @ grid.affine
+    turn_note = None
     if orientation != AS_STORED:
         stored, spacing = reorient(path, affine, stored, spacing, target_orientation)
+        turn_note = describe_turn(path, affine)
     own = LinearMap(1.0 if options.slope is None else options.slope,
                     0.0 if options.intercept is None else options.intercept)
     if file_facts(path) != before:
         raise InputError(f"{path}: changed while it was read; wait until it is written, then read it again")
-    for note in grid.notes:
+    notes = (*grid.notes, *(note for note in (padding_note, turn_note) if note is not None))
+    for note in notes:
         warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=3)
-    volume = Volume(path.name, stored, (scaling, own), spacing, orientation, grid.notes, axis_codes(affine))
+    volume = Volume(path.name, stored, (scaling, own), spacing, orientation, notes, axis_codes(affine))
     doubt = check_voxels(path, volume, needs_hounsfield, options.slope is not None and options.intercept is not None)
-    return volume if doubt is None else replace(volume, notes=(*grid.notes, doubt))
+    return volume if doubt is None else replace(volume, notes=(*notes, doubt))
 
 
 # ------------------------------------------------------------------ headers
@@ -235,6 +240,10 @@ def _common_plane(path: ScanPath, headers: Sequence[_Header]) -> tuple[int, int,
         if header.value("SamplesPerPixel") not in (None, 1) or \
                 not header.text("PhotometricInterpretation").startswith("MONOCHROME"):
             raise InputError(f"{header.file.name}: {header.text('PhotometricInterpretation')} pixels; expected grey")
+        bits, highest = header.value("BitsStored"), header.value("HighBit")
+        if isinstance(bits, int) and isinstance(highest, int) and highest != bits - 1:
+            raise InputError(f"{header.file.name}: HighBit is {highest}, BitsStored {bits}; expected {bits - 1}, as "
+                             "the lowest bits are read. Convert the series")
     if min(usual[2]) <= 0:
         raise InputError(f"{path}: pixel spacing {usual[2]}; expected positive millimetres")
     return usual[0], usual[1], (usual[2][0], usual[2][1])
@@ -243,8 +252,12 @@ def _common_plane(path: ScanPath, headers: Sequence[_Header]) -> tuple[int, int,
 # ------------------------------------------------------------------ pixels
 
 
-def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[NDArray[Any], LinearMap]:
-    """``[k, row, column]``: as stored, with the map to HU that all share; else HU, where slices have their own."""
+def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[NDArray[Any], LinearMap, str | None]:
+    """``[k, row, column]``: as stored, with the map to HU that all share; else HU, where slices have their own.
+
+    Returns:
+        Voxels, map, and a note on padding that was set to air.
+    """
     for tag in ("RescaleSlope", "RescaleIntercept"):
         without = [header.file.name for header in headers if header.value(tag) in (None, "")]
         if 0 < len(without) < len(headers):
@@ -254,14 +267,13 @@ def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[N
             for header in headers]
     shared = len(set(maps)) == 1
     found: NDArray[Any] | None = None
+    padded = 0
     for index, (header, scaling) in enumerate(zip(headers, maps, strict=True)):
-        try:
-            with header.file.open() as stream:
-                plane = pixel_array(stream)
-        except (*_DAMAGE, MemoryError) as error:
-            raise InputError(f"{header.file.name}: its pixels cannot be read ({_brief(error)})") from error
-        if plane.shape != (rows, columns):
-            raise InputError(f"{header.file.name}: {plane.shape} pixels, its header says {(rows, columns)}")
+        plane = _read_plane(header, rows, columns)
+        padding = read_padding(header.file.name, header.dataset)
+        if padding is not None and (there := bright_padding(plane, padding, scaling)) is not None:
+            plane = np.where(there, stored_air(plane.dtype, scaling), plane)
+            padded += int(np.count_nonzero(there))
         if not shared:
             plane = np.float32(scaling.slope) * plane.astype(np.float32) + np.float32(scaling.intercept)
         if found is None:
@@ -270,7 +282,20 @@ def _read_pixels(headers: Sequence[_Header], rows: int, columns: int) -> tuple[N
             raise InputError(f"{header.file.name}: pixels of {plane.dtype}, those before are {found.dtype}")
         found[index] = plane
     assert found is not None
-    return found, maps[0] if shared else LinearMap()
+    note = f"padding that was brighter than air was set to {AIR_HU:g} HU: {padded / found.size:.1%} of the voxels"
+    return found, maps[0] if shared else LinearMap(), note if padded else None
+
+
+def _read_plane(header: _Header, rows: int, columns: int) -> NDArray[Any]:
+    """``[row, column]`` as stored."""
+    try:
+        with header.file.open() as stream:
+            plane = pixel_array(stream)
+    except (*_DAMAGE, MemoryError) as error:
+        raise InputError(f"{header.file.name}: its pixels cannot be read ({_brief(error)})") from error
+    if plane.shape != (rows, columns):
+        raise InputError(f"{header.file.name}: {plane.shape} pixels, its header says {(rows, columns)}")
+    return plane
 
 
 def _count(header: _Header, tag: str) -> int:
