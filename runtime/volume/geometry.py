@@ -35,12 +35,14 @@ class Geometry:
 
     ``affine``: voxel index to patient mm, 4x4 (RAS+). ``pixdim_mm``: along the stored axes. ``has_form``: the header
     has a qform or an sform. ``unit_code``: spatial part of NIfTI's xyzt_units.
+    ``other_affine``: a second one that the header gives, which is not used.
     """
 
     affine: NDArray[np.float64]
     pixdim_mm: Spacing
     has_form: bool
     unit_code: int
+    other_affine: NDArray[np.float64] | None = None
 
     @property
     def is_blank(self) -> bool:
@@ -88,7 +90,7 @@ def choose_spacing(path: Path, geometry: Geometry, options: ReadOptions, metadat
     return pixdim
 
 
-def describe_turn(path: Path, affine: NDArray[np.float64]) -> str | None:
+def describe_turn(path: ScanPath, affine: NDArray[np.float64]) -> str | None:
     """A note on axes that do not lie along the patient's, which are read as if they did; None where they do.
 
     Raises:
@@ -103,6 +105,24 @@ def describe_turn(path: Path, affine: NDArray[np.float64]) -> str | None:
     if turn <= _LARGEST_TURN_DEGREES:
         return None
     return f"turned by up to {turn:.0f} degrees against the patient's axes, and read along the nearest of them"
+
+
+def describe_contradiction(geometry: Geometry) -> str | None:
+    """A note on a header whose sform and qform give the stored axes other directions; None where they agree."""
+    if geometry.other_affine is None:
+        return None
+    used, other = axis_codes(geometry.affine), axis_codes(geometry.other_affine)
+    if used is None or other is None or used == other or _angle(geometry.affine, geometry.other_affine) \
+            <= _LARGEST_TURN_DEGREES:
+        return None
+    return (f"the header contradicts itself: its axes point to {used} by the sform, which is used, and to {other} by "
+            "the qform, which other programs use; one of them shows another scan")
+
+
+def _angle(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """The largest between an axis of one affine and the same of the other, in degrees."""
+    a, b = (affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (one, other))
+    return float(np.degrees(np.arccos(np.clip((a * b).sum(axis=0).min(), -1, 1))))
 
 
 def axis_codes(affine: NDArray[np.float64]) -> str | None:

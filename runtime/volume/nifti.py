@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import math
+import threading
 import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from ..errors import DcformerWarning, InputError
 from ..files import require_file
 from .dicom_source import is_contents
-from .geometry import LPS_AFFINE, Geometry, axis_codes, choose_spacing, describe_turn, reorient
+from .geometry import LPS_AFFINE, Geometry, axis_codes, choose_spacing, describe_contradiction, describe_turn, reorient
 from .hounsfield import check_voxels
 from .metadata import VolumeMetadata, read_metadata
 from .options import AS_IN_FILE, AS_STORED, ReadOptions
@@ -89,10 +88,13 @@ def read_nifti(path: str | Path, target_orientation: str = "LPS", options: ReadO
     if orientation != AS_STORED:
         affine = LPS_AFFINE if header.geometry.is_blank else header.geometry.affine
         stored, spacing = reorient(path, affine, stored, spacing, target_orientation)
-        note = _BLANK if header.geometry.is_blank else describe_turn(path, affine)
-        if note is not None and note is not _BLANK:
-            warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=2)
-        notes = () if note is None else (note,)
+        if header.geometry.is_blank:
+            notes = (_BLANK,)
+        else:
+            found = (describe_turn(path, affine), describe_contradiction(header.geometry))
+            notes = tuple(note for note in found if note is not None)
+            for note in notes:
+                warnings.warn(f"{path}: {note}", DcformerWarning, stacklevel=2)
     volume = Volume(path.name, stored, (header.scaling, _rescale(options, metadata)), spacing, orientation, notes,
                     codes)
     doubt = check_voxels(path, volume, needs_hounsfield,
@@ -107,7 +109,7 @@ def _read_header(path: Path) -> _Header:
     if not path.name.lower().endswith(_SUFFIXES):
         raise InputError(f"{path}: neither NIfTI by its name nor DICOM; expected .nii, .nii.gz, or slices")
     try:
-        with _quiet_nibabel():
+        with _quiet_nibabel:
             image = nib.load(path)
             if not isinstance(image, nib.Nifti1Image):
                 raise InputError(f"{path}: a {type(image).__name__}, not a single-file NIfTI volume")
@@ -127,12 +129,23 @@ def _read_header(path: Path) -> _Header:
     x, y, z = (float(str(np.float32(v))) for v in raw["pixdim"][1:4])
     geometry = Geometry(
         affine=np.asarray(image.affine, np.float64),
+        other_affine=_unused_qform(image.header),
         pixdim_mm=(x, y, z),
         has_form=int(raw["qform_code"]) != 0 or int(raw["sform_code"]) != 0,
         unit_code=int(raw["xyzt_units"]) & 7,
     )
     return _Header(tuple(int(n) for n in image.shape), np.dtype(image.get_data_dtype()), offset,
                    LinearMap(slope, intercept), geometry)
+
+
+def _unused_qform(header: nib.Nifti1Header) -> NDArray[np.float64] | None:
+    """Where the header has a usable one beside the sform, which goes before it."""
+    if int(header["qform_code"]) == 0 or int(header["sform_code"]) == 0:
+        return None
+    try:
+        return np.asarray(header.get_qform(), np.float64)
+    except _HEADER_ERRORS:  # what it does not say contradicts nothing
+        return None
 
 
 def _check_layout(path: Path, header: _Header) -> tuple[int, int, int]:
@@ -206,16 +219,29 @@ def _too_long(path: Path, shape: tuple[int, int, int], size: int) -> InputError:
                       "the header does not describe this file")
 
 
-@contextlib.contextmanager
-def _quiet_nibabel() -> Iterator[None]:
-    """Silence: nibabel repairs impossible header fields and logs that, where we read them unrepaired and refuse."""
-    logger = logging.getLogger("nibabel.global")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+class _QuietNibabel(logging.Filter):
+    """Silence: nibabel repairs impossible header fields and logs that, where we read them unrepaired and refuse.
+
+    For the threads that are reading here alone; what others have nibabel log is theirs to see.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own = threading.local()
+        logging.getLogger("nibabel.global").addFilter(self)
+
+    def __enter__(self) -> None:
+        self._own.reads = True
+
+    def __exit__(self, *_: object) -> None:
+        self._own.reads = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is logged; asked by the thread that logs it."""
+        return not getattr(self._own, "reads", False)
+
+
+_quiet_nibabel = _QuietNibabel()
 
 
 def _fill(stream: io.RawIOBase | io.BufferedIOBase, target: memoryview) -> int:

@@ -54,6 +54,8 @@ AS_IN_FILE = ReadOptions()
 def expand_spacing(spacing: Sequence[float]) -> Spacing:
     """(xy, z) or (x, y, z) to (x, y, z)."""
     try:
+        if isinstance(spacing, str | bytes):  # a sequence, too: "123" would be 1 x 2 x 3
+            raise TypeError
         values = [float(v) for v in spacing]
     except (TypeError, ValueError) as error:
         raise InputError(f"spacing: {spacing!r}; expected numbers, in mm") from error
