@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from .files import require_file, sha256_file
 
 #: Endings of scans that are whole in themselves.
 _WHOLE = (".nii", ".gz", ".zip")
+#: Backslashes before a byte that is escaped, or before what looks like one that was.
+_BEFORE_ESCAPE = re.compile("\\\\+(?=ud[89a-f][0-9a-f]{2}|[\ud800-\udfff])")
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,11 @@ def together(files: Iterable[Path]) -> ScanPath:
 
 
 def path_text(path: ScanPath) -> str:
-    """A path as text that any file can hold: names that are not UTF-8 with their bytes escaped."""
-    return str(path).encode(errors="backslashreplace").decode()
+    """A path as text that any file can hold: names that are not UTF-8 with their bytes escaped, each in its own way.
+
+    Only backslashes that could be taken for those of an escape are doubled, so that ordinary names stay what they are.
+    """
+    return _BEFORE_ESCAPE.sub(r"\g<0>\g<0>", str(path)).encode(errors="backslashreplace").decode()
 
 
 def require_scan(path: ScanPath) -> None:

@@ -1,5 +1,6 @@
 """Writing: old content or new, never a mixture, never somebody else's."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dcformer_deploy.runtime.files import (
     require_writable_file,
     require_writable_folder,
 )
+from dcformer_deploy.runtime.scan_files import path_text
 
 
 def folder_with(path: Path, **files: str) -> Path:
@@ -74,6 +76,19 @@ def test_old_folder_returns_if_the_exchange_fails(tmp_path: Path, monkeypatch: p
         (folder / "marker").write_text("new")
     assert (bundle / "marker").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_no_two_paths_are_written_alike():
+    """Names of bytes that are no UTF-8, and names that look like what is written of those; others as they are."""
+    parts = ["a", "\\", "\\\\", "\udcff", "\udc80", "\\udcff", "udcff", "\\ud8", "\\x", "ü", "0041", "\\\\udcff", "f"]
+    paths = {"".join(words) for count in range(5) for words in itertools.product(parts, repeat=count)}
+    texts = {path_text(Path("/d", path)) for path in paths}
+    assert len(texts) == len({Path("/d", path) for path in paths})
+    assert all(text.encode() for text in texts)
+    for name in ("scan 1.nii.gz", "ü.nii", "C:\\scans\\1.nii", "a\\udc.nii", "a\\u00fc.nii", "\\\\host\\x"):
+        assert path_text(Path(name)) == name
+    assert path_text(Path("a\udcff.nii")) == "a\\udcff.nii"  # as stores have had it
+    assert path_text(Path("a\\udcff.nii")) == "a\\\\udcff.nii"
 
 
 def test_names_as_long_as_they_may_be(tmp_path: Path):
