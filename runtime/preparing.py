@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, DiskFull, InputError
-from .files import atomic_file, is_full, writing_error
+from .files import is_full, writing_error
 from .inputs import find_items, is_file, require_folder
 from .model import Model
 from .scan_files import ScanPath, SliceFiles, file_facts, path_text, require_scan, sha256_scan
 from .volume.folder import NAME_COLUMN, table_header, tables_below
-from .volume.prepared import SUFFIX, Origin, PreparedScan, Values, is_prepared, read_origin, write_prepared
+from .volume.prepared import (
+    SUFFIX,
+    Origin,
+    PreparedScan,
+    Values,
+    is_prepared,
+    read_origin,
+    remove_leftovers,
+    write_prepared,
+    written_file,
+)
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,10 @@ def find_tables(inputs: Iterable[str | Path], out: Path) -> dict[Path, Path]:
 
 def copy_tables(tables: Mapping[Path, Path]) -> None:
     """What ``find_tables`` found."""
+    remove_leftovers(tables)
     for place, table in tables.items():
-        with atomic_file(place) as temporary:
-            shutil.copyfile(table, temporary)
+        with table.open("rb") as source, written_file(place) as file:
+            shutil.copyfileobj(source, file)
 
 
 def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: int, threads: int,
@@ -112,6 +123,7 @@ def prepare_all(model: Model, tasks: Sequence[Task], values: Values, readers: in
     Raises:
         BundleError: the bundle has no image tower.
     """
+    remove_leftovers(task.out for task in tasks)
     counts: Counter[str] = Counter()
     before, after, start = 0, 0, time.perf_counter()
 
@@ -145,23 +157,34 @@ def _prepare(model: Model, task: Task, values: Values, threads: int) -> None:
     require_scan(task.path)
     facts = file_facts(task.path)
     sha256 = sha256_scan(task.path)
-    _require_same_scan(task, sha256)
-    found = model.prepare(task.path, threads, **task.options)
+    there = _require_same_scan(task, sha256)
+    try:
+        found = model.prepare(task.path, threads, **task.options)
+        if file_facts(task.path) != facts:
+            raise InputError(f"{task.path}: changed while it was read; prepare it again")
+    except InputError as error:
+        if there is None or there.sha256 == sha256:
+            raise
+        task.out.unlink(missing_ok=True)  # or it would stand for a scan that is no more
+        raise InputError(f"{error}; {task.out}, which was prepared of what this was before, is removed") from error
     origin = Origin(path_text(task.path), *(facts or (0, 0)), sha256, _stated(task.options))
-    if file_facts(task.path) != facts:
-        raise InputError(f"{task.path}: changed while it was read; prepare it again")
     scan = PreparedScan(**{field.name: getattr(found, field.name) for field in dataclasses.fields(PreparedScan)})
     write_prepared(task.out, scan, model.manifest.preprocessing, origin, values)
 
 
-def _require_same_scan(task: Task, sha256: str) -> None:
-    """Raise InputError if what is there was made of another scan, by its path and by its content."""
+def _require_same_scan(task: Task, sha256: str) -> Origin | None:
+    """What is there was made of; None where nothing is, or it is damaged.
+
+    Raises:
+        InputError: it was made of another scan, by its path and by its content.
+    """
     try:
         origin, _ = read_origin(task.out)
     except InputError:
-        return  # nothing there, or damaged
+        return None
     if origin.path != path_text(task.path) and origin.sha256 != sha256:
         raise InputError(f"{task.path}: {task.out} was prepared of {origin.path}; prepare it into another folder")
+    return origin
 
 
 def _is_done(model: Model, task: Task, values: Values) -> bool:

@@ -6,18 +6,23 @@ attributes that say where it comes from and what it was prepared for; for anothe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +45,8 @@ _DTYPES: dict[str, type[np.generic]] = {"int16": np.int16, "float16": np.float16
 #: A Blosc chunk begins with 16 bytes; the fourth to seventh are its unpacked size.
 _BLOSC_HEADER = struct.Struct("<4xI8x")
 _CHUNKS = 4
+#: The temporary folder of ``atomic_file``, with the beginning of the file's name.
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -92,12 +99,44 @@ def write_prepared(path: Path, scan: PreparedScan, spec: Preprocessing, origin: 
     for name, array in arrays.items():
         chunk = (1, 1, -(-array.shape[2] // _CHUNKS), *array.shape[3:])
         group.create_array(name, data=array, chunks=chunk, compressors=codec)
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, value in sorted(content.items()):
-                archive.writestr(zipfile.ZipInfo(name), value.to_bytes())  # of no date: the same scan, the same file
+    with written_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, value in sorted(content.items()):
+            archive.writestr(zipfile.ZipInfo(name), value.to_bytes())  # of no date: the same scan, the same file
+
+
+@contextlib.contextmanager
+def written_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name once it is whole and on disk, as ``atomic_file``; ``remove_leftovers`` spares it."""
+    with contextlib.ExitStack() as until_it_is_named, atomic_file(path) as temporary, temporary.open("wb") as file:
+        with contextlib.suppress(OSError):  # file systems without locks: nobody removes anything there, either
+            fcntl.flock(until_it_is_named.enter_context(temporary.open("r+b")), fcntl.LOCK_EX)
+        yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove what programs left that were killed while they wrote these files; not what another one is writing now."""
+    names: defaultdict[Path, list[str]] = defaultdict(list)
+    for path in paths:
+        names[path.parent].append(path.name)
+    for folder, own in names.items():
+        for leftover in folder.glob(".*.tmp"):
+            named = _TEMPORARY.fullmatch(leftover.name)
+            if named and any(name.startswith(named[1]) for name in own) and _is_abandoned(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether nobody holds a file in it; a folder without any is one that was just made, or about to be removed."""
+    try:
+        files = list(folder.iterdir())
+        for file in files:
+            with file.open("r+b") as opened:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # locked, gone meanwhile, or on a file system where nobody can tell
+        return False
+    return bool(files)
 
 
 def read_origin(path: Path) -> tuple[Origin, Values]:

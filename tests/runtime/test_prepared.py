@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from dcformer_deploy.runtime import InputError, load, preparing
 from dcformer_deploy.runtime.bundle import write_manifest
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.volume.folder import find_scans
-from dcformer_deploy.runtime.volume.prepared import SUFFIX, as_volume, read_prepared
+from dcformer_deploy.runtime.volume.prepared import SUFFIX, as_volume, read_prepared, written_file
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +154,58 @@ def test_what_another_bundle_cannot_use_is_not_there_already(pristine_bundle: Pa
     path.write_bytes(content)
     assert _stored(capsys, 0, other, scans, "--out", tmp_path / "p") == (1, 3, 0)
     load(other).prepare(path)
+
+
+def test_what_was_prepared_of_a_file_that_is_damaged_now(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
+    """It would be evaluated as if nothing were wrong. What an option or a touched file says of it is no damage."""
+    data, out = Path(shutil.copytree(scans, tmp_path / "data")), tmp_path / "p"
+    assert _stored(capsys, 0, pristine_bundle, data, "--out", out) == (4, 0, 0)
+    (data / "d.nii.gz").touch()
+    assert _stored(capsys, 2, pristine_bundle, data / "d.nii.gz", "--out", out, "--slope", "-1") == (0, 0, 1)
+    assert _one(out, "d.nii.gz").exists()
+    whole = (data / "b.nii.gz").read_bytes()
+    (data / "b.nii.gz").write_bytes(whole[:-1000])
+    assert main(["prepare", str(pristine_bundle), str(data), "--out", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert "b.nii.gz: truncated" in told
+    assert f"{_one(out)}, which was prepared of what this was before, is removed" in " ".join(told.split())
+    assert sorted(path.name for path, _ in find_scans(out)) == [f"{name}{SUFFIX}" for name in (
+        "a.nii.gz", "c.nii", "d.nii.gz")]
+    (data / "b.nii.gz").write_bytes(whole)
+    assert _stored(capsys, 0, pristine_bundle, data, "--out", out) == (1, 3, 0)
+    (data / "b.nii.gz").unlink()  # as of a disk that is not mounted: what was prepared of it is as good as it was
+    assert _stored(capsys, 2, pristine_bundle, data / "b.nii.gz", "--out", out) == (0, 0, 1)
+    assert _one(out).exists()
+
+
+def test_what_a_killed_program_left(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
+    """Passed over by whoever reads the set, and removed when it is gone on with; not what another program writes."""
+    out = tmp_path / "p"
+    killed = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from dcformer_deploy.runtime.volume.prepared import written_file
+        with written_file(Path(sys.argv[1])) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    for name in (f"a.nii.gz{SUFFIX}", "labels.csv", f"other.nii.gz{SUFFIX}"):
+        found = subprocess.run([sys.executable, "-c", killed, str(out / name)], check=False)
+        assert found.returncode == -signal.SIGKILL
+    left = sorted(path.parent.name for path in out.rglob("*") if path.is_file())
+    assert len(left) == 3
+    data = Path(shutil.copytree(scans, tmp_path / "data"))
+    (data / "labels.csv").write_text("VolumeName,Emphysema\na.nii.gz,1\n")
+    with written_file(_one(out)) as file:
+        file.write(b"half")
+        file.flush()
+        written, = (path.name for path in out.iterdir() if path.name not in left)
+        assert _stored(capsys, 0, pristine_bundle, data, "--out", out) == (4, 0, 0)
+        assert sorted(path.name for path in out.iterdir() if path.name.endswith(".tmp")) == sorted([written, left[-1]])
+        assert left[-1].startswith(".other")  # of no scan of this call
+        assert len(find_scans(out)) == 4
+    assert _one(out).read_bytes() == b"half"
 
 
 def test_two_tables_of_one_name(pristine_bundle: Path, scans: Path, tmp_path: Path, capsys):
