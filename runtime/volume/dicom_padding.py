@@ -65,9 +65,8 @@ def bright_padding(plane: NDArray[Any], padding: Padding, scaling: LinearMap) ->
 
 def stored_air(dtype: np.dtype[Any], scaling: LinearMap) -> Any:
     """The stored value nearest to ``AIR_HU``."""
-    value = round((AIR_HU - scaling.intercept) / scaling.slope)
     limits = np.iinfo(dtype)
-    return dtype.type(min(max(value, limits.min), limits.max))
+    return dtype.type(round(min(max((AIR_HU - scaling.intercept) / scaling.slope, limits.min), limits.max)))
 
 
 def _stored(name: str, header: Dataset, tag: str) -> int | None:
@@ -78,8 +77,8 @@ def _stored(name: str, header: Dataset, tag: str) -> int | None:
     if value is None or value == "":
         return None
     bits, signed = header.get("BitsStored"), header.get("PixelRepresentation")
-    if not isinstance(value, int) or not isinstance(bits, int) or signed not in (0, 1):
+    if not isinstance(value, int) or not isinstance(bits, int) or not 1 <= bits <= 32 or signed not in (0, 1):
         raise InputError(f"{name}: {tag} is {value!r}, BitsStored {bits!r}, PixelRepresentation {signed!r}; expected a "
-                         "number for each")
+                         "number, 1 to 32, and 0 or 1")
     value &= (1 << bits) - 1
     return value - (1 << bits) if signed and value >> (bits - 1) else value

@@ -108,6 +108,9 @@ def _read_header(path: Path) -> _Header:
         raise InputError(f"{path}: the table of contents of a disc; name the folder of the slices")
     if not path.name.lower().endswith(_SUFFIXES):
         raise InputError(f"{path}: neither NIfTI by its name nor DICOM; expected .nii, .nii.gz, or slices")
+    if (path.name[: -len(".gz")] if _is_gzip(path) else path.name)[-len(".nii") :] not in (".nii", ".NII"):
+        # nibabel opens the file of that name in small letters instead, which may be another one.
+        raise InputError(f"{path}: its ending is in capitals and small letters; rename it to .nii or .nii.gz")
     try:
         with _quiet_nibabel:
             image = nib.load(path)

@@ -87,6 +87,13 @@ def test_padding_that_is_left(hounsfield: np.ndarray, corners: np.ndarray, tmp_p
     assert volume.notes == ()
 
 
+@pytest.mark.parametrize("value", [[1, 2], [3, 4, 5]])
+def test_a_padding_value_that_is_none(hounsfield: np.ndarray, tmp_path: Path, value: list[int]):
+    write_series(tmp_path / "s", hounsfield, change=lambda k, d: d.add_new("PixelPaddingValue", "US", value))
+    with pytest.raises(InputError, match=r"/\d{4}: PixelPaddingValue is \[.*, BitsStored 16, PixelRepresentation 0;"):
+        _read(tmp_path / "s")
+
+
 def test_a_padding_value_that_the_scan_itself_has(hounsfield: np.ndarray, tmp_path: Path):
     """Water in the header of a careless program; its voxels are those of the patient."""
     write_series(tmp_path / "s", hounsfield, change=lambda k, d: d.add_new("PixelPaddingValue", "US", 1024 + 40))

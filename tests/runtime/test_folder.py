@@ -116,6 +116,15 @@ def test_endings_in_capitals(hounsfield: np.ndarray, tmp_path: Path):
         (1, 1, 1.5), (2, 2, 2.5)]
 
 
+@pytest.mark.parametrize("name", ["a.Nii", "a.niI.gz"])
+def test_endings_in_capitals_and_small_letters(hounsfield: np.ndarray, tmp_path: Path, name: str):
+    """Found, and refused: the header that nibabel reads would be that of the file beside it."""
+    other = write(tmp_path / name.lower(), hounsfield, np.eye(4))
+    shutil.copy(other, tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: its ending is in capitals and small letters; rename it"):
+        read_nifti(tmp_path / name, options=ReadOptions(spacing=(1, 1, 1)))
+
+
 @pytest.mark.parametrize("name", ["thorax_②", "thorax_²", "thorax_٣"])
 def test_digits_that_are_no_numbers(pristine_bundle: Path, hounsfield: np.ndarray, tmp_path: Path, name: str):
     (tmp_path / "data").mkdir()
