@@ -12,8 +12,8 @@ from pathlib import Path
 
 from .inputs import Item
 from .model import Model
-from .pipeline import STEPS, Outcome, Pipeline, Settings, table_of
-from .scan_files import ScanPath, file_facts, path_text
+from .pipeline import STEPS, Outcome, Pipeline, Settings
+from .scan_files import ScanPath, file_facts, path_text, table_of
 from .store import Entry, Store
 from .store.index import table_key
 
@@ -120,7 +120,7 @@ class EmbeddingJob:
             if known is not None and not (known.failed and self._retry):
                 facts = file_facts(item.path)
                 as_before = (known.bytes, known.changed_ns, known.table)
-                if facts is None or (*facts, table_key(table_of(item))) == as_before:
+                if facts is None or (*facts, table_key(table_of(item.options))) == as_before:
                     self._counts["failed_before" if known.failed else "skipped"] += 1
                     self._on_scan(item.path, None)
                     continue

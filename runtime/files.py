@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ _CHUNK_BYTES = 1 << 20
 #: Characters of a name in that of its temporary folder, which must not be longer than names may be.
 _LONGEST_PREFIX = 40
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Whether the system can lock files for a program. Windows has none that others may read meanwhile.
+HAS_LOCKS = importlib.util.find_spec("fcntl") is not None
 
 
 def cache_folder() -> Path:
@@ -44,6 +47,40 @@ def writing_error(path: Path, error: OSError, then: str = "") -> DcformerError:
     if is_full(error):
         return DiskFull(f"{path}: cannot be written ({reason}); free some space{then}, or choose another place")
     return InputError(f"{path}: cannot write here ({reason}); choose another place, or make it writable{then}")
+
+
+def open_locked(path: Path, refusal: str, flags: int = 0) -> int:
+    """Open a file, made if need be, for this program alone: until it is closed, or the program ends in whatever way.
+
+    Args:
+        refusal: what to say where another program has it.
+        flags: of ``os.open``, more than for reading and writing.
+
+    Raises:
+        InputError: another program has it.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+    try:
+        lock_file(file)
+    except BlockingIOError as error:
+        os.close(file)
+        raise InputError(refusal) from error
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def lock_file(file: int) -> None:
+    """Hold an open file for this program, until it is closed; without effect where the system has no such locks.
+
+    Raises:
+        BlockingIOError: another program holds it.
+        OSError: the file system has no locks.
+    """
+    if HAS_LOCKS:
+        locks = importlib.import_module("fcntl")  # by name, as Windows has it not
+        locks.flock(file, locks.LOCK_EX | locks.LOCK_NB)
 
 
 def require_file(path: Path, what: str) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ from .errors import BundleError, DcformerError, InferenceError, InputError
 from .inputs import Item
 from .model import Model
 from .results import Prepared
-from .scan_files import file_facts, path_text, require_scan, sha256_scan
+from .scan_files import file_facts, path_text, require_scan, sha256_scan, table_of
 from .store.rows import Entry
 
 Kind = Literal["embedded", "copied", "failed"]
@@ -181,7 +180,7 @@ class Pipeline:
 
     def _read(self, item: Item) -> _Read:
         facts = file_facts(item.path)
-        row = Entry(path_text(item.path), *(facts or (0, 0)), table=table_of(item))
+        row = Entry(path_text(item.path), *(facts or (0, 0)), table=table_of(item.options))
         seconds: dict[str, float] = {}
         try:
             require_scan(item.path)
@@ -226,9 +225,3 @@ class Pipeline:
                 told = f"{row.path}: its embedding holds NaN or infinite values"
                 outcomes.append(Outcome(replace(row, error=told), "failed", seconds))
         return outcomes
-
-
-def table_of(item: Item) -> str | None:
-    """See ``Entry.table``."""
-    table = item.options.get("metadata")
-    return None if table is None else " ".join(map(str, (path_text(Path(table)), *(file_facts(Path(table)) or ()))))

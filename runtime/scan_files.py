@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .files import require_file, sha256_file
@@ -137,6 +138,17 @@ def visible_files(folder: Path, endings: tuple[str, ...] = ("",)) -> list[Path]:
         found += [Path(place, name) for name in names
                   if not name.startswith(".") and name.lower().endswith(endings)]
     return sorted(found)
+
+
+def table_of(options: Mapping[str, Any]) -> str | None:
+    """The table of metadata by which a scan is read, with its size and time of change; None if there is none.
+
+    Args:
+        options: as in ``Model.preprocess``.
+    """
+    if (table := options.get("metadata")) is None:
+        return None
+    return " ".join(map(str, (path_text(Path(table)), *(file_facts(Path(table)) or ()))))
 
 
 def sha256_scan(path: ScanPath) -> str:

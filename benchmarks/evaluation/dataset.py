@@ -16,8 +16,10 @@ from ...runtime.volume.folder import (
     metadata_files,
     metadata_of,
     natural_order,
+    require_one_each,
     table_header,
     table_rows,
+    tables_below,
 )
 
 REPORT_COLUMNS = ("Findings_EN", "Impressions_EN")
@@ -58,11 +60,14 @@ def read_dataset(folder: Path, classes: Sequence[str], tables: Tables, split: st
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a data set in CT-RATE's layout")
     volumes = find_volumes(folder, split)
-    found = sorted(folder.rglob("*.csv"))
-    labels = _labels(choose_tables(tables.labels, found, classes, f"labels (columns {classes[0]}, …)", required=True),
-                     classes, folder)
-    reports = _reports(choose_tables(tables.reports, found, REPORT_COLUMNS, "reports"))
-    metadata = metadata_files(choose_tables(tables.metadata, found, METADATA_COLUMNS, "metadata"))
+    found = tables_below(folder)
+    chosen = {
+        "labels": choose_tables(tables.labels, found, classes, f"labels (columns {classes[0]}, …)", required=True),
+        "reports": choose_tables(tables.reports, found, REPORT_COLUMNS, "reports"),
+        "metadata": choose_tables(tables.metadata, found, METADATA_COLUMNS, "metadata")}
+    require_one_each(folder, volumes, (table for given in chosen.values() for table in given))
+    labels = _labels(chosen["labels"], classes, folder)
+    reports, metadata = _reports(chosen["reports"]), metadata_files(chosen["metadata"])
     names = sorted(volumes, key=natural_order)
     unlabelled = [name for name in names if name not in labels]
     if len(unlabelled) == len(names):
@@ -77,7 +82,7 @@ def read_dataset(folder: Path, classes: Sequence[str], tables: Tables, split: st
 
 def has_labels(folder: Path, classes: Sequence[str]) -> bool:
     """Whether a table below the folder has these columns."""
-    return any({NAME_COLUMN, *classes} <= table_header(path) for path in sorted(folder.rglob("*.csv")))
+    return any({NAME_COLUMN, *classes} <= table_header(path) for path in tables_below(folder))
 
 
 def _labels(paths: Sequence[Path], classes: Sequence[str], folder: Path) -> dict[str, tuple[bool, ...]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.errors import InputError
-from ...runtime.files import cache_folder, writing_error
-from ...runtime.scan_files import ScanPath, file_facts, path_text
+from ...runtime.files import cache_folder, open_locked, writing_error
+from ...runtime.scan_files import ScanPath, file_facts, table_of
 
 #: Of the first line, and of those of versions that did not say what a state belongs to.
 _BEGINS = (b'{"identity": ', b'{"key": ')
@@ -47,16 +46,11 @@ def stamp(path: ScanPath, options: Mapping[str, Any]) -> str:
         options: how it is read, as in ``Model.preprocess``.
 
     Raises:
-        InputError: the scan or the table is not there.
+        InputError: the scan is not there.
     """
-    table = options.get("metadata")
-    return _facts(path) if table is None else f"{_facts(path)} {path_text(Path(table))} {_facts(Path(table))}"
-
-
-def _facts(path: ScanPath) -> str:
     if (facts := file_facts(path)) is None:
         raise InputError(f"{path}: cannot be read")
-    return "{}-{}".format(*facts)
+    return " ".join(map(str, (*facts, table_of(options) or "")))
 
 
 class State:
@@ -126,21 +120,13 @@ def _unusable(path: Path, error: OSError) -> InputError:
 
 
 def _lock(path: Path) -> int:
-    """The file, made if need be, open for appending; held until it is closed, or the program ends in whatever way."""
+    """The file, made if need be, open for appending by this program alone."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between the two, whoever held it may have removed it.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except BlockingIOError as error:
-            os.close(file)
-            raise InputError(f"{path}: another evaluation keeps its state there; wait for its end, or choose another "
-                             "--state") from error
-        except BaseException:
-            os.close(file)
-            raise
+        file = open_locked(path, f"{path}: another evaluation keeps its state there; wait for its end, or choose "
+                           "another --state", os.O_APPEND)
+        # Between its opening and the lock, whoever held it may have removed it.
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            return file
         os.close(file)
 
 

@@ -131,7 +131,7 @@ def _queries(words: Sequence[str]) -> list[str | ScanPath]:
     found: list[str | ScanPath] = []
     for word in words:
         matches = glob.glob(word, recursive=True) if not os.path.exists(word) else []  # noqa: PTH110, PTH207
-        is_scan = word.endswith(SCANS) or is_dicom_source(word) or os.path.exists(word)  # noqa: PTH110
+        is_scan = word.lower().endswith(SCANS) or is_dicom_source(word) or os.path.exists(word)  # noqa: PTH110
         found += map(Path, sorted(matches)) if matches else [Path(word) if is_scan else word]
     return slices_together(found)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import DcformerWarning, InputError
-from ..files import atomic_folder, writing_error
+from ..files import atomic_folder, open_locked, writing_error
 from .index import Index
 from .rows import Entry, Identity, schema, table
 
@@ -59,7 +58,8 @@ class Store:
                         **dataclasses.asdict(identity)}
                 (new / INFO_NAME).write_text(json.dumps(info, indent=2))
         _require_same(folder, identity)
-        self._lock = _lock(folder)
+        self._lock = open_locked(folder / _LOCK_NAME, f"{folder}: another program writes to it; wait for its end, or "
+                                 "choose another --out")
         try:
             for leftover in folder.glob(f"part-*{_TEMPORARY}"):
                 leftover.unlink()
@@ -234,18 +234,6 @@ def _require_same(folder: Path, identity: Identity) -> None:
         if there[name] != value:
             raise InputError(f"{folder}: a store of other results: its {name} is {there[name]!r}, not {value!r}; "
                              "choose another --out")
-
-
-def _lock(folder: Path) -> int:
-    """Held until it is closed, or the program ends in whatever way."""
-    lock = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise InputError(f"{folder}: another program writes to it; wait for its end, or choose another --out"
-                         ) from error
-    return lock
 
 
 def _sync_folder(folder: Path) -> None:

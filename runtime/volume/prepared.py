@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..files import atomic_file, require_file
+from ..files import HAS_LOCKS, atomic_file, lock_file, require_file
 from ..manifest import Preprocessing, TensorInfo
 
 #: Behind the name of the scan: ``scan.nii.gz.prepared.zip``.
@@ -109,7 +108,7 @@ def written_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name once it is whole and on disk, as ``atomic_file``; ``remove_leftovers`` spares it."""
     with contextlib.ExitStack() as until_it_is_named, atomic_file(path) as temporary, temporary.open("wb") as file:
         with contextlib.suppress(OSError):  # file systems without locks: nobody removes anything there, either
-            fcntl.flock(until_it_is_named.enter_context(temporary.open("r+b")), fcntl.LOCK_EX)
+            lock_file(until_it_is_named.enter_context(temporary.open("r+b")).fileno())
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -133,10 +132,10 @@ def _is_abandoned(folder: Path) -> bool:
         files = list(folder.iterdir())
         for file in files:
             with file.open("r+b") as opened:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(opened.fileno())
     except OSError:  # locked, gone meanwhile, or on a file system where nobody can tell
         return False
-    return bool(files)
+    return bool(files) and HAS_LOCKS
 
 
 def read_origin(path: Path) -> tuple[Origin, Values]:

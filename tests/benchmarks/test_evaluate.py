@@ -18,6 +18,7 @@ from dcformer_deploy.benchmarks.phantom.dataset import DatasetOptions, write_dat
 from dcformer_deploy.runtime import InputError, Model
 from dcformer_deploy.runtime.bundle import open_bundle, write_manifest
 from dcformer_deploy.runtime.cli.app import main
+from dcformer_deploy.runtime.errors import DcformerWarning
 from dcformer_deploy.runtime.manifest import CT_RATE_CLASSES
 
 COUNT = 8
@@ -288,6 +289,22 @@ def test_contradicting_labels(phantoms_copy: Path):
     with pytest.raises(InputError, match="two different rows"):
         read_dataset(phantoms_copy, CT_RATE_CLASSES, Tables())
     assert len(read_dataset(phantoms_copy, CT_RATE_CLASSES, Tables(labels=labels))) == COUNT
+
+
+def test_a_table_from_elsewhere_that_names_several_scans(phantoms: Path, tmp_path: Path):
+    for number in (1, 2):
+        (tmp_path / "set" / f"s{number}").mkdir(parents=True)
+        shutil.copy(_volume(phantoms, number), tmp_path / "set" / f"s{number}" / "ct.nii.gz")
+    (tmp_path / "set" / "s1" / "valid_3_a_1.nii.gz").symlink_to(_volume(phantoms, 3))
+    header, one, two, three, *_ = (phantoms / "valid_labels.csv").read_text().splitlines(keepends=True)
+    labels = tmp_path / "labels.csv"
+    labels.write_text(header + one.replace("valid_1_a_1", "ct") + three)
+    with pytest.raises(InputError, match=r"ct\.nii\.gz is there twice: .*labels\.csv names it"):
+        read_dataset(tmp_path / "set", CT_RATE_CLASSES, Tables(labels=labels))
+    labels.write_text(header + one.replace("valid_1_a_1", "s1/ct") + two.replace("valid_2_a_1", "s2/ct"))
+    with pytest.warns(DcformerWarning, match="1 of its 3 volumes left out"):
+        cases = read_dataset(tmp_path / "set", CT_RATE_CLASSES, Tables(labels=labels))
+    assert [case.path.parent.name for case in cases] == ["s1", "s2"]
 
 
 def test_other_checkpoint_is_refused(phantoms: Path, pristine_bundle: Path, checkpoint: Path, tmp_path: Path,
