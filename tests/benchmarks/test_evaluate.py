@@ -295,10 +295,10 @@ def test_a_table_from_elsewhere_that_names_several_scans(phantoms: Path, tmp_pat
     for number in (1, 2):
         (tmp_path / "set" / f"s{number}").mkdir(parents=True)
         shutil.copy(_volume(phantoms, number), tmp_path / "set" / f"s{number}" / "ct.nii.gz")
-    (tmp_path / "set" / "s1" / "valid_3_a_1.nii.gz").symlink_to(_volume(phantoms, 3))
+    (tmp_path / "set" / "s1" / "other.nii.gz").symlink_to(_volume(phantoms, 3))
     header, one, two, three, *_ = (phantoms / "valid_labels.csv").read_text().splitlines(keepends=True)
     labels = tmp_path / "labels.csv"
-    labels.write_text(header + one.replace("valid_1_a_1", "ct") + three)
+    labels.write_text(header + one.replace("valid_1_a_1", "ct") + three.replace("valid_3_a_1", "other"))
     with pytest.raises(InputError, match=r"ct\.nii\.gz is there twice: .*labels\.csv names it"):
         read_dataset(tmp_path / "set", CT_RATE_CLASSES, Tables(labels=labels))
     labels.write_text(header + one.replace("valid_1_a_1", "s1/ct") + two.replace("valid_2_a_1", "s2/ct"))
