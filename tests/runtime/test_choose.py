@@ -10,6 +10,7 @@ from fake_gpu import Status, install, with_engines
 from dcformer_deploy.runtime import InputError, load
 from dcformer_deploy.runtime.backends import Options, choose, onnxruntime
 from dcformer_deploy.runtime.backends.choose import choose_backend
+from dcformer_deploy.runtime.backends.watched import WatchedBackend
 from dcformer_deploy.runtime.bundle import Bundle, open_bundle
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.errors import DeviceUnavailable
@@ -84,7 +85,8 @@ def test_on_a_gpu(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         options, why, tried = choose_backend(opened, Options(backend="auto", precision="int8"))
         assert (options.backend, options.device) == ("onnxruntime", "cuda")
         assert why.endswith("onnxruntime on this NVIDIA H100")
-        assert tried == (opened.folder / "image.int8.tensorrt.onnx", options)
+        assert isinstance(tried, WatchedBackend)
+        assert tried._backend == (opened.folder / "image.int8.tensorrt.onnx", options)
     engines = dict(fake.engines)
     fake.engines.clear()  # the record fits, and the library refuses all the same
     options, why, tried = choose_backend(opened, Options(backend="auto", precision="fp16"))
