@@ -208,6 +208,7 @@ def check(bundle: Bundle, volumes: Sequence[NDArray[np.float32]], tokens: Sequen
                 if graph is not exact or backend != CPU_BACKENDS[0]:
                     on_file(graph.file)
                     rows.append(_check_graph(bundle, graph, backend, reference, options, bounds[graph.precision]))
+                if graph is not exact:
                     noise.setdefault(graph.file, rows[-1].sqnr_db or 0.0)
         for record in records:
             if record.role == role:

@@ -36,7 +36,8 @@ def choose_samples(folder: Path, count: int, split: str | None, options: Mapping
     Raises:
         InputError: no scan, or fewer than asked for.
     """
-    found = find_scans(folder, split)
+    table = options.get("metadata")
+    found = find_scans(folder, split, Path(table) if table else None)
     if len(found) < count:
         raise InputError(f"{folder}: {len(found)} scans, but {count} were asked for; pass --samples {len(found)}")
     chosen = dict.fromkeys(index * len(found) // count for index in range(count))

@@ -62,13 +62,20 @@ class HeldFile:
 
     def __init__(self, path: Path, name: Path, identity: tuple[int, ...]) -> None:
         self._name, self._identity = name, identity
-        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise BundleError(f"{name}: cannot be opened ({error.strerror}); load the bundle again") from error
         weakref.finalize(self, os.close, self._descriptor)
         self.require_unchanged()
 
     def require_unchanged(self) -> None:
         """Raise BundleError if something was written into the file."""
-        if _identity(os.fstat(self._descriptor)) != self._identity:
+        try:
+            same = _identity(os.fstat(self._descriptor)) == self._identity
+        except OSError:  # another machine has replaced it on a network's file system
+            same = False
+        if not same:
             raise BundleError(f"{self._name}: {_CHANGED}")
 
 

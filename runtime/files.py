@@ -9,15 +9,18 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import DcformerError, DiskFull, InputError
+from .errors import DcformerError, DcformerWarning, DiskFull, InputError
 
 _CHUNK_BYTES = 1 << 20
 #: Characters of a name in that of its temporary folder, which must not be longer than names may be.
 _LONGEST_PREFIX = 40
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: What file systems without locks say.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 #: Whether the system can lock files for a program. Windows has none that others may read meanwhile.
 HAS_LOCKS = importlib.util.find_spec("fcntl") is not None
 
@@ -65,9 +68,12 @@ def open_locked(path: Path, refusal: str, flags: int = 0) -> int:
     except BlockingIOError as error:
         os.close(file)
         raise InputError(refusal) from error
-    except BaseException:
-        os.close(file)
-        raise
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(file)
+            raise
+        warnings.warn(f"{path}: its file system has no locks ({error.strerror}); see that no other program uses it",
+                      DcformerWarning, stacklevel=3)
     return file
 
 

@@ -57,7 +57,7 @@ def find_items(inputs: Iterable[str | ScanPath], split: str | None, options: Map
     warn_of_parts({path: searched.get(path) or path for path in paths})
     found = []
     for path in paths:
-        own = {"metadata": metadata[place]} if (place := _place(path)) in metadata else {}
+        own = {"metadata": metadata[place]} if metadata and (place := _place(path)) in metadata else {}
         found.append(Item(path.absolute(), {**own, **options}))
     if not found:
         raise InputError("no scan in what was given")

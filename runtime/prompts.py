@@ -12,7 +12,7 @@ from .errors import BundleError
 from .forks import ForkableLock
 from .manifest import ZeroShotTask
 
-#: Lists of classes whose embeddings are kept.
+#: Lists of other classes than the bundle's whose embeddings are kept.
 _MOST_KEPT = 64
 
 
@@ -21,6 +21,7 @@ class Prompts:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
+        self._own: NDArray[np.float32] | None = None
         self._known: dict[tuple[str, ...], NDArray[np.float32]] = {}
         self._lock = ForkableLock()
 
@@ -31,16 +32,17 @@ class Prompts:
         Args:
             embed: texts into ``[n, 512]``.
         """
+        if classes == task.classes:
+            if self._own is None:
+                self._own = stored_prompts(self._bundle, task)
+            return self._own
         found = self._known.get(classes)
         if found is None:
-            if classes == task.classes:
-                found = stored_prompts(self._bundle, task)
-            else:
-                texts = [text for name in classes for text in task.prompts(name)]
-                found = embed(texts).reshape(len(classes), task.prompt_count, -1)
+            texts = [text for name in classes for text in task.prompts(name)]
+            found = embed(texts).reshape(len(classes), task.prompt_count, -1)
             with self._lock:
-                if len(self._known) >= _MOST_KEPT:
-                    self._known.clear()
+                while len(self._known) >= _MOST_KEPT:
+                    self._known.pop(next(iter(self._known)))  # the oldest
                 self._known[classes] = found
         return found
 

@@ -12,6 +12,7 @@ from ...runtime.volume.folder import (
     METADATA_COLUMNS,
     NAME_COLUMN,
     choose_tables,
+    find_row,
     find_volumes,
     metadata_files,
     metadata_of,
@@ -69,15 +70,17 @@ def read_dataset(folder: Path, classes: Sequence[str], tables: Tables, split: st
     labels = _labels(chosen["labels"], classes, folder)
     reports, metadata = _reports(chosen["reports"]), metadata_files(chosen["metadata"])
     names = sorted(volumes, key=natural_order)
-    unlabelled = [name for name in names if name not in labels]
+    own = {name: find_row(labels, folder, volumes[name], name) for name in names}
+    unlabelled = [name for name in names if own[name] is None]
     if len(unlabelled) == len(names):
         raise InputError(f"{folder}: none of its {len(names)} volumes has a row in the labels (the first is "
                          f"{names[0]})")
     if unlabelled:
         warnings.warn(f"{folder}: {len(unlabelled)} of its {len(names)} volumes left out, as they have no row in the "
                       f"labels; the first is {unlabelled[0]}", DcformerWarning, stacklevel=2)
-    return [Case(name, volumes[name], labels[name], reports.get(name), metadata_of(volumes[name], name, metadata))
-            for name in names if name in labels]
+    return [Case(name, volumes[name], row, find_row(reports, folder, volumes[name], name),
+                 metadata_of(folder, volumes[name], name, metadata))
+            for name, row in own.items() if row is not None]
 
 
 def has_labels(folder: Path, classes: Sequence[str]) -> bool:

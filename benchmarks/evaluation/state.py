@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import os
@@ -125,8 +126,9 @@ def _lock(path: Path) -> int:
         file = open_locked(path, f"{path}: another evaluation keeps its state there; wait for its end, or choose "
                            "another --state", os.O_APPEND)
         # Between its opening and the lock, whoever held it may have removed it.
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
         os.close(file)
 
 

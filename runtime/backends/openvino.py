@@ -45,6 +45,7 @@ class OpenVinoBackend:
         if (cache := _cache(_IN_FLOAT if in_float else "")) is not None:
             self._settings["CACHE_DIR"] = str(cache)
         self._path = path
+        _require_threads(path)
         self._compiled: dict[int | None, Any] = {}
         self._requests = threading.local()
         self._lock = ForkableLock()
@@ -89,9 +90,7 @@ class OpenVinoBackend:
         Raises:
             InferenceError: the library failed, for example for want of memory.
         """
-        if _FORKED:
-            raise InferenceError(f"{self._path}: this process was forked while openvino computed, whose threads it has "
-                                 "not; load bundles after the fork, or start processes by spawn")
+        _require_threads(self._path)
         key = self._key(max(len(array) for array in feeds.values()))
         requests: dict[int | None, Any] = self._requests.__dict__.setdefault("by_key", {})
         if key not in requests:
@@ -124,6 +123,12 @@ def _busy() -> Iterator[None]:
         yield
     finally:
         _BUSY.discard(threading.get_ident())
+
+
+def _require_threads(path: Path) -> None:
+    if _FORKED:
+        raise InferenceError(f"{path}: this process was forked while openvino computed, whose threads it has not; "
+                             "start processes by spawn, or before the first model computes")
 
 
 def _after_fork() -> None:

@@ -11,6 +11,7 @@ import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import InputError, suggestion
 from ..files import require_file
@@ -26,6 +27,7 @@ METADATA_COLUMNS = ("XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept")
 _VOLUMES, _TABLES = (".nii.gz", ".nii"), (".csv",)
 SCANS = (*_VOLUMES, *(f"{ending}{SUFFIX}" for ending in _VOLUMES))
 _SPLITS = ("train", "valid")
+_T = TypeVar("_T")
 
 
 class NoScans(InputError):
@@ -46,10 +48,13 @@ def find_scans(folder: Path, split: str | None = None, metadata: Path | None = N
         raise InputError(f"{folder}: no such folder; expected one with .nii, .nii.gz or DICOM volumes")
     volumes = find_volumes(folder, split)
     tables = choose_tables(metadata, tables_below(folder), METADATA_COLUMNS, "metadata")
-    if metadata is not None:
+    files = dict[str, Path]()
+    if metadata is None:
+        files = metadata_files(tables)
+    else:  # the caller reads all by it; it may be long, and asked of for many folders
         require_one_each(folder, volumes, tables)
-    files = metadata_files(tables)
-    return [(volumes[name], metadata_of(volumes[name], name, files)) for name in sorted(volumes, key=natural_order)]
+    return [(volumes[name], metadata_of(folder, volumes[name], name, files))
+            for name in sorted(volumes, key=natural_order)]
 
 
 def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
@@ -71,12 +76,12 @@ def find_volumes(folder: Path, split: str | None) -> dict[str, Path]:
 
 def _nifti(folder: Path) -> dict[str, Path]:
     """Files, prepared ones too."""
-    files = [path for path in visible_files(folder) if path.name.removesuffix(SUFFIX).lower().endswith(_VOLUMES)]
+    files = [path for path in visible_files(folder, SCANS) if path.name.removesuffix(SUFFIX).lower().endswith(_VOLUMES)]
     names = Counter(map(_listed_as, files))
     volumes: dict[str, Path] = {}
     for path in files:
         name = _listed_as(path)
-        place = name if names[name] == 1 else str(path.relative_to(folder).with_name(name))
+        place = name if names[name] == 1 else _place(folder, path)
         if (other := volumes.setdefault(place, path)) != path:
             raise InputError(f"{folder}: {name} is there twice: {other} and {path}; move one away")
     return volumes
@@ -106,6 +111,24 @@ def _listed_as(path: Path) -> str:
     return f"{path.stem if path.suffix.lower() == '.zip' else path.name}.nii.gz"
 
 
+def _place(folder: Path, path: Path) -> str:
+    """Where it lies below the folder, under the name by which a table would list it."""
+    parent = path.relative_to(folder).parent
+    return str(parent / _listed_as(path))
+
+
+def find_row(rows: Mapping[str, _T], folder: Path, path: Path, name: str) -> _T | None:
+    """What tables say of a scan: of its place below the folder, or else of its name; None where they say nothing.
+
+    Args:
+        rows: by the names in the tables. name: as ``find_volumes`` has it.
+    """
+    place = _place(folder, path)
+    # A folder of slices beside the file that was made of it is called otherwise, and that place is the file's.
+    found = rows.get(place) if name in (place, _listed_as(path)) else None
+    return rows.get(name) if found is None else found
+
+
 def _of_split(folder: Path, volumes: Mapping[str, Path], split: str | None) -> dict[str, Path]:
     """Those whose name, or a folder that tells them apart, begins with the split."""
     splits = sorted(set(map(_split_of, volumes)))
@@ -129,6 +152,8 @@ def _split_of(name: str) -> str:
 def require_one_each(folder: Path, volumes: Mapping[str, Path], tables: Iterable[Path]) -> None:
     """Raise InputError if a table names what several volumes are called, so that nobody knows which it means.
 
+    It does not where all of them are listed by their places, of which one may be no more than its name.
+
     Args:
         volumes: as ``find_volumes`` has them. tables: with a column of names.
     """
@@ -139,8 +164,9 @@ def require_one_each(folder: Path, volumes: Mapping[str, Path], tables: Iterable
     files = {name: [path for path in paths if not is_dicom_source(path) or is_prepared(path)] or paths
              for name, paths in called.items() if len(paths) > 1}
     several = {name: paths for name, paths in files.items() if len(paths) > 1}
-    for table, name, _ in table_rows(tables) if several else ():
-        if name in several:
+    listed = {name: table for table, name, _ in table_rows(tables)} if several else {}
+    for name, table in listed.items():
+        if name in several and not {_place(folder, path) for path in several[name]} <= listed.keys():
             first, second, *_ = several[name]
             raise InputError(f"{folder}: {name} is there twice: {first} and {second}, and {table} names it; move one "
                              "away, or list both by their places below the folder")
@@ -151,9 +177,9 @@ def tables_below(folder: Path) -> list[Path]:
     return visible_files(folder, _TABLES)
 
 
-def metadata_of(path: Path, name: str, metadata: Mapping[str, Path]) -> Path | None:
+def metadata_of(folder: Path, path: Path, name: str, metadata: Mapping[str, Path]) -> Path | None:
     """The table that says how to read a volume; None for one that is prepared or DICOM, of which all is known."""
-    return None if is_prepared(path) or is_dicom_source(path) else metadata.get(name)
+    return None if is_prepared(path) or is_dicom_source(path) else find_row(metadata, folder, path, name)
 
 
 def natural_order(name: str) -> tuple[object, ...]:
@@ -212,7 +238,8 @@ def metadata_files(paths: Sequence[Path]) -> dict[str, Path]:
         found[name] = path
         first, other = firsts.setdefault(name, (path, {column: row[column] or "" for column in METADATA_COLUMNS}))
         for column, value in other.items() if first != path else ():
-            if as_numbers(row[column] or "") != as_numbers(value):
+            if (row[column] or "") != value and as_numbers(row[column] or "") != as_numbers(value):
                 raise InputError(f"{first} and {path} contradict each other: {name}: {column} is {value!r} and "
-                                 f"{row[column] or ''!r}; move one away, or choose one with --metadata")
+                                 f"{row[column] or ''!r}; move one away, or choose one with --metadata where the "
+                                 "command takes it")
     return found

@@ -29,7 +29,7 @@ def read_metadata(path: str | Path, volume: Path) -> VolumeMetadata:
     """The row of a volume in a CSV with CT-RATE's columns; ``XYSpacing`` is written ``[x, y]``.
 
     Args:
-        volume: listed by its name, or by the end of its path where several have that name.
+        volume: listed by its name, or by the end of its path, of which the longest that is listed counts.
 
     Raises:
         InputError: no such file, column or volume, or a value that is no usable number.
@@ -39,7 +39,7 @@ def read_metadata(path: str | Path, volume: Path) -> VolumeMetadata:
     facts = path.stat()
     table = _table(path, facts.st_mtime_ns, facts.st_size)
     volume_name, parts = volume.name, volume.absolute().parts
-    ends = (table_name("/".join(parts[-count:])) for count in range(1, len(parts) + 1))
+    ends = (table_name("/".join(parts[-count:])) for count in range(len(parts), 0, -1))
     rows = next((table[end] for end in ends if end in table), ())
     if not rows:
         raise InputError(f"{path}: no row with VolumeName {volume_name!r}")

@@ -12,8 +12,8 @@ import pytest
 
 from dcformer_deploy.benchmarks.evaluation.run import read_unless_known, recall_or_compute
 from dcformer_deploy.benchmarks.evaluation.state import State, open_state, stamp
-from dcformer_deploy.runtime import InputError, Model
-from dcformer_deploy.runtime.errors import DiskFull
+from dcformer_deploy.runtime import InputError, Model, files
+from dcformer_deploy.runtime.errors import DcformerWarning, DiskFull
 
 IDENTITY = {"command": "evaluate", "bundle": "a" * 64, "options": {}}
 ROW = np.arange(3, dtype=np.float32)
@@ -138,6 +138,16 @@ def test_a_state_that_is_removed_while_it_is_locked_is_made_again(tmp_path: Path
     _interrupted(path)
     with open_state(path, IDENTITY) as state:
         assert state.get("a", "1") is not None
+
+
+def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(file: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "lock_file", refuse)
+    with (pytest.warns(DcformerWarning, match=r"its file system has no locks \(No locks available\); see that no other"),
+          open_state(tmp_path / "state.jsonl", IDENTITY) as state):
+        state.put("key", "stamp", np.ones(2, np.float32))
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

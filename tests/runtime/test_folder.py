@@ -11,7 +11,7 @@ from dcformer_deploy.runtime import InputError
 from dcformer_deploy.runtime.cli.app import main
 from dcformer_deploy.runtime.inputs import find_items
 from dcformer_deploy.runtime.store import read_store
-from dcformer_deploy.runtime.volume import ReadOptions, read_nifti
+from dcformer_deploy.runtime.volume import ReadOptions, folder, read_nifti
 from dcformer_deploy.runtime.volume.folder import find_scans, find_volumes, require_one_each
 from scans import write
 
@@ -69,7 +69,7 @@ def test_a_given_table_of_metadata_names_what_several_are_called(tmp_path: Path)
     _touch(tmp_path / "data", "s1/ct.nii.gz", "s2/ct.nii.gz")
     table = tmp_path / "m.csv"
     table.write_text(f"{COLUMNS}\nct.nii.gz,\"[1, 1]\",1,1,0\n")
-    with pytest.raises(InputError, match=r"ct.nii.gz is there twice: .* m.csv names it|m.csv names it"):
+    with pytest.raises(InputError, match=r"ct\.nii\.gz is there twice: .*m\.csv names it"):
         find_items([tmp_path / "data"], None, {"metadata": str(table)})
     table.write_text(f"{COLUMNS}\ns1/ct.nii.gz,\"[1, 1]\",1,1,0\ns2/ct.nii.gz,\"[1, 1]\",1,1,0\n")
     assert len(find_items([tmp_path / "data"], None, {"metadata": str(table)})) == 2
@@ -83,6 +83,34 @@ def test_metadata_by_place(hounsfield: np.ndarray, tmp_path: Path):
     found = [read_nifti(path, options=ReadOptions(metadata=table)).spacing_hwd_mm
              for path, table in find_scans(tmp_path)]
     assert found == [(1, 1, 1.5), (2, 2, 2.5)]
+
+
+def test_metadata_by_places_that_end_alike(hounsfield: np.ndarray, tmp_path: Path):
+    """The longest place counts, also for a scan whose name no other has, or that lies at the top."""
+    places = {"ct.nii.gz": 1, "s1/ct.nii.gz": 2, "a/s1/ct.nii.gz": 3, "s3/low.nii.gz": 4}
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / place, hounsfield, np.eye(4))
+    (tmp_path / "m.csv").write_text(COLUMNS + "".join(f'\n{place},"[1, 1]",{z},1,0' for place, z in places.items()))
+    found = {str(path.relative_to(tmp_path)): read_nifti(path, options=ReadOptions(metadata=table)).spacing_hwd_mm[2]
+             for path, table in find_scans(tmp_path)}
+    assert found == places
+
+
+def test_a_given_table_is_not_read_for_each_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for number in range(3):
+        _touch(tmp_path, f"p{number}/scan_{number}.nii.gz")
+    table = tmp_path / "m.csv"
+    table.write_text(f"{COLUMNS}\n")
+    monkeypatch.setattr(folder, "table_rows", lambda paths: pytest.fail("read"))
+    items = find_items([tmp_path / f"p{number}" for number in range(3)], None, {"metadata": str(table)})
+    assert [item.options["metadata"] for item in items] == [str(table)] * 3
+
+
+def test_equal_tables_do_not_contradict_each_other(tmp_path: Path):
+    for name in ("m.csv", "n.csv"):
+        (tmp_path / name).write_text(f'{COLUMNS}\nct.nii.gz,"[1, 1]",1.5,nan,0\n')
+    assert folder.metadata_files([tmp_path / "m.csv", tmp_path / "n.csv"]) == {"ct.nii.gz": tmp_path / "n.csv"}
 
 
 def test_dicom_beside_what_it_was_converted_to(tmp_path: Path):

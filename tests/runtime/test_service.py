@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcformer_deploy.runtime import BundleError, load
+from dcformer_deploy.runtime import BundleError, load, prompts
 from dcformer_deploy.runtime.backends.base import CPU_BACKENDS
 from dcformer_deploy.runtime.forks import ForkableLock
 
@@ -148,5 +148,17 @@ def test_embeddings_of_prompts_do_not_pile_up(pristine_bundle: Path, ct: Path):
     first = model.score_embeddings(embedding, ["class 0"])
     for number in range(70):
         model.score_embeddings(embedding, [f"class {number}"])
-    assert len(model._prompts._known) <= 64
+    assert len(model._prompts._known) == 64
     np.testing.assert_array_equal(model.score_embeddings(embedding, ["class 0"]), first)
+
+
+def test_own_prompts_are_kept_whatever_else_is_asked(bundle_copy: Path, ct: Path, monkeypatch: pytest.MonkeyPatch):
+    model = load(bundle_copy)
+    embedding = model.embed_image(ct)[None]
+    own = model.score_embeddings(embedding)
+    model.score_embeddings(embedding, ["to open the text tower"])
+    (bundle_copy / "prompt_embeddings.fp32.npy").unlink()
+    monkeypatch.setattr(prompts, "_MOST_KEPT", 2)
+    for number in range(3):
+        model.score_embeddings(embedding, [f"class {number}"])
+    np.testing.assert_array_equal(model.score_embeddings(embedding), own)
