@@ -145,7 +145,7 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files, "lock_file", refuse)
-    with (pytest.warns(DcformerWarning, match=r"its file system has no locks \(No locks available\); see that no other"),
+    with (pytest.warns(DcformerWarning, match=r"its file system has no locks \(No locks available\); see"),
           open_state(tmp_path / "state.jsonl", IDENTITY) as state):
         state.put("key", "stamp", np.ones(2, np.float32))
 
